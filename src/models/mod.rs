@@ -1,0 +1,1 @@
+//! CLIP, UNet, VAE, tokenizer and the loading of model folders.

@@ -1,0 +1,1 @@
+//! Random numbers as PyTorch draws them on the CPU.

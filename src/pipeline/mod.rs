@@ -1,0 +1,3 @@
+//! One request's way from text to picture.
+
+pub mod request;
