@@ -54,7 +54,10 @@ pub enum JobError {
     Failed(String),
     /// The prompt could not be used (say, broken emphasis marks); meant for the client.
     #[error("{field}: {message}")]
-    Invalid { field: &'static str, message: String },
+    Invalid {
+        field: &'static str,
+        message: String,
+    },
 }
 
 /// An accepted request. Dropping it cancels the work at the next step boundary.
@@ -66,6 +69,18 @@ pub struct Job {
 }
 
 impl Job {
+    /// The client's end of a job whose worker holds the other end of both channels.
+    pub fn new(
+        progress: watch::Receiver<Progress>,
+        result: oneshot::Receiver<Result<Vec<Picture>, JobError>>,
+    ) -> Self {
+        Self {
+            id: uuid::Uuid::now_v7(),
+            progress,
+            result,
+        }
+    }
+
     /// A channel that always holds the latest progress.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.clone()
