@@ -18,14 +18,21 @@ impl Conv2d {
         stride: usize,
         padding: [usize; 4],
     ) -> Result<Self> {
-        Ok(Self { weight, bias, stride, padding })
+        Ok(Self {
+            weight,
+            bias,
+            stride,
+            padding,
+        })
     }
 
     /// `x` is `[b, h, w, in]`; the result `[b, h', w', out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let [top, bottom, left, right] = self.padding;
         let x = x.permute((0, 3, 1, 2))?;
-        let x = x.pad_with_zeros(2, top, bottom)?.pad_with_zeros(3, left, right)?;
+        let x = x
+            .pad_with_zeros(2, top, bottom)?
+            .pad_with_zeros(3, left, right)?;
         let y = x.contiguous()?.conv2d(&self.weight, 0, self.stride, 1, 1)?;
         let y = y.permute((0, 2, 3, 1))?.contiguous()?;
         match &self.bias {
