@@ -77,7 +77,7 @@ def all_cases():
     yield case("dpmpp_2m-wide", "a striped blue fish under the sea", "dpmpp_2m", 32, width=160, height=96, steps=20)
     yield case("euler_a-tall", "a purple monster in a forest", "euler_a", 33, width=96, height=160, steps=20)
     yield case("ddim-large", "a yellow duck on the beach", "ddim", 34, width=192, height=192, steps=12)
-    yield case("euler-small", "a yellow star on a blue background", "euler", 36, width=64, height=64, steps=25)
+    yield case("euler-small", "a pink house in the snow", "euler", 36, width=64, height=96, steps=25)
     yield case("dpmpp_2m_sde-wide", "a brown cup in a room", "dpmpp_2m_sde", 35, width=160, height=96, steps=20)
 
     yield case("ddim-three", "a grey robot on a pink background", "ddim", 41, n=3, steps=12)
