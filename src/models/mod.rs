@@ -5,12 +5,18 @@
 //! pictures are channels-last.
 
 mod clip;
+mod config;
 mod error;
+mod header;
+pub mod layers;
 mod model;
+mod resnet;
 mod sites;
+mod source;
 mod tokenizer;
 mod unet;
 mod vae;
+mod weights;
 
 pub use clip::ClipTextModel;
 pub use error::LoadError;
