@@ -24,8 +24,13 @@ const COME_BACK: Duration = Duration::from_secs(5);
 /// Why a request has no answer of its own kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ApiError {
-    #[error("the body is not valid JSON: {0}")]
-    BrokenJson(String),
+    #[error("the body is not valid JSON: {message}")]
+    BrokenJson {
+        /// What the parser met, with line and column.
+        message: String,
+        /// The field whose value it was reading.
+        field: Option<String>,
+    },
     #[error("the multipart body cannot be read: {0}")]
     BrokenForm(String),
     #[error("the body could not be read to its end")]
@@ -81,7 +86,7 @@ impl ApiError {
         const INVALID: &str = "invalid_request_error";
         const SERVER: &str = "server_error";
         let (status, kind, code) = match self {
-            BrokenJson(_) => (StatusCode::BAD_REQUEST, INVALID, "invalid_json"),
+            BrokenJson { .. } => (StatusCode::BAD_REQUEST, INVALID, "invalid_json"),
             BrokenForm(_) => (StatusCode::BAD_REQUEST, INVALID, "invalid_multipart"),
             BrokenBody => (StatusCode::BAD_REQUEST, INVALID, "incomplete_body"),
             UnsupportedMediaType { .. } => (
@@ -126,6 +131,8 @@ impl ApiError {
     pub fn param(&self) -> Option<&str> {
         match self {
             Self::InvalidField { field, .. } => Some(field),
+            Self::BrokenJson { field, .. } => field.as_deref(),
+            Self::UnsupportedMediaType { .. } => Some("Content-Type"),
             Self::NoSuchModel { .. } => Some("model"),
             _ => None,
         }
