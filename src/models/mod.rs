@@ -1,1 +1,27 @@
 //! CLIP, UNet, VAE, tokenizer and the loading of model folders.
+//!
+//! Everything is driven by the folder's own config files (diffusers' layout); a value that is not
+//! supported is an error at load, never a silently different picture. Feature maps, latents and
+//! pictures are channels-last.
+
+mod clip;
+mod config;
+mod error;
+mod header;
+pub mod layers;
+mod model;
+mod resnet;
+mod sites;
+mod source;
+mod tokenizer;
+mod unet;
+mod vae;
+mod weights;
+
+pub use clip::ClipTextModel;
+pub use error::LoadError;
+pub use model::{Model, ModelSource};
+pub use sites::{Site, SiteKind};
+pub use tokenizer::{EncodeError, Tokenizer};
+pub use unet::UNet2DConditionModel;
+pub use vae::{AutoencoderKl, Moments};

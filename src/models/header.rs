@@ -1,0 +1,139 @@
+//! The header of a safetensors file, read without trusting it.
+//!
+//! Layout: eight bytes little-endian header length, a JSON object from tensor name to
+//! `{dtype, shape, data_offsets}`, then the data. See
+//! <https://github.com/huggingface/safetensors#format>. The `safetensors` crate's reader wants the
+//! whole file in memory and does not say which tensor a truncated file lacks.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::{LoadError, source::Blob};
+
+/// The limit of the reference reader.
+const MAX_HEADER: u64 = 100_000_000;
+/// Weights have at most four dimensions; a file may hold other things, but nothing absurd.
+const MAX_RANK: usize = 8;
+
+/// Element types that weights come in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FileDType {
+    F32,
+    F16,
+    Bf16,
+    /// Anything else: harmless as long as nobody asks for the tensor.
+    Other,
+}
+
+/// Where a tensor lies in its file.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub dtype: FileDType,
+    pub shape: Vec<usize>,
+    /// From the beginning of the file.
+    pub start: u64,
+    pub len: usize,
+}
+
+#[derive(Deserialize)]
+struct RawEntry {
+    dtype: String,
+    shape: Vec<usize>,
+    data_offsets: [u64; 2],
+}
+
+/// The tensors of a file by name; every one lies within the file and has the bytes its shape needs.
+pub(super) fn read_header(blob: &Blob) -> Result<BTreeMap<String, Entry>, LoadError> {
+    let bad = |reason: String| LoadError::Header {
+        file: blob.label.clone(),
+        reason,
+    };
+    if blob.len < 8 {
+        return Err(bad(format!("{} bytes are too few for a header", blob.len)));
+    }
+    let mut prefix = [0; 8];
+    prefix.copy_from_slice(&blob.read_at(0, 8)?);
+    let header_len = u64::from_le_bytes(prefix);
+    if header_len > MAX_HEADER || header_len > blob.len - 8 {
+        return Err(bad(format!(
+            "the header claims {header_len} bytes; the file has {} and the limit is {MAX_HEADER}",
+            blob.len
+        )));
+    }
+    let data_start = 8 + header_len;
+    let header = blob.read_at(8, header_len as usize)?;
+    let raw: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&header).map_err(|e| bad(format!("the header is not JSON: {e}")))?;
+    raw.into_iter()
+        .filter(|(name, _)| name != "__metadata__")
+        .map(|(name, value)| {
+            let entry = check_entry(blob, data_start, &name, value)?;
+            Ok((name, entry))
+        })
+        .collect()
+}
+
+fn check_entry(
+    blob: &Blob,
+    data_start: u64,
+    name: &str,
+    value: serde_json::Value,
+) -> Result<Entry, LoadError> {
+    let fault = |reason: String| LoadError::Tensor {
+        file: blob.label.clone(),
+        tensor: name.into(),
+        reason,
+    };
+    let raw: RawEntry =
+        serde_json::from_value(value).map_err(|e| fault(format!("bad header entry: {e}")))?;
+    let [from, to] = raw.data_offsets;
+    let (start, end) = match (data_start.checked_add(from), data_start.checked_add(to)) {
+        (Some(start), Some(end)) if start <= end => (start, end),
+        _ => {
+            return Err(fault(format!(
+                "data_offsets [{from}, {to}] are not a range"
+            )));
+        }
+    };
+    if end > blob.len {
+        return Err(LoadError::Truncated {
+            file: blob.label.clone(),
+            tensor: name.into(),
+            needed: end,
+            found: blob.len,
+        });
+    }
+    if raw.shape.len() > MAX_RANK {
+        return Err(fault(format!(
+            "has {} dimensions; at most {MAX_RANK} are read",
+            raw.shape.len()
+        )));
+    }
+    let (dtype, size) = match raw.dtype.as_str() {
+        "F32" => (FileDType::F32, Some(4)),
+        "F16" => (FileDType::F16, Some(2)),
+        "BF16" => (FileDType::Bf16, Some(2)),
+        _ => (FileDType::Other, None),
+    };
+    let len = usize::try_from(end - start)
+        .map_err(|_| fault("is larger than this machine can address".into()))?;
+    if let Some(size) = size {
+        let needed = raw
+            .shape
+            .iter()
+            .try_fold(size, |n: usize, dim| n.checked_mul(*dim));
+        if needed != Some(len) {
+            return Err(fault(format!(
+                "shape {:?} of {} does not fill its {len} bytes",
+                raw.shape, raw.dtype
+            )));
+        }
+    }
+    Ok(Entry {
+        dtype,
+        shape: raw.shape,
+        start,
+        len,
+    })
+}

@@ -1,0 +1,200 @@
+//! A whole model: its parts, loaded from one folder.
+
+use std::{cell::RefCell, path::PathBuf};
+
+use candle_core::{DType, Device};
+use serde_json::Value;
+
+use super::{
+    AutoencoderKl, ClipTextModel, LoadError, Site, Tokenizer, UNet2DConditionModel,
+    clip::{self, ClipTextConfig},
+    config::Config,
+    layers::Scope,
+    source::{Files, sha256_hex},
+    unet::UNetConfig,
+    vae::{self, VaeConfig},
+    weights::Weights,
+};
+
+/// Hex digits of a hash that A1111 shows.
+const SHORT_HASH: usize = 10;
+/// Parts of a pipeline that painting does not need.
+const OPTIONAL_PARTS: [&str; 3] = ["feature_extractor", "image_encoder", "safety_checker"];
+
+/// Where a model comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelSource {
+    /// The micro model inside the binary (feature `demo-model`).
+    Demo,
+    /// A folder in diffusers' layout.
+    Folder(PathBuf),
+}
+
+/// A Stable Diffusion model on one device.
+#[derive(Debug)]
+pub struct Model {
+    /// `demo`, or the folder's own name.
+    pub name: String,
+    /// The first ten hex digits of the SHA-256 of the UNet's weight files, as A1111 shows them.
+    pub hash: String,
+    pub tokenizer: Tokenizer,
+    pub text_encoder: ClipTextModel,
+    pub unet: UNet2DConditionModel,
+    pub vae: AutoencoderKl,
+    /// `scheduler/scheduler_config.json` as it is.
+    pub scheduler_config: Value,
+    sites: Vec<Site>,
+}
+
+impl Model {
+    /// Reads and checks the whole folder; weights are converted to `dtype` tensor by tensor.
+    ///
+    /// # Errors
+    /// Anything missing, broken or not supported, with the file and the tensor or key.
+    pub fn load(source: &ModelSource, device: &Device, dtype: DType) -> Result<Self, LoadError> {
+        let files = Files::open(source)?;
+        check_index(&Config::read(&files, "model_index.json")?)?;
+        let scheduler_config = files.json("scheduler/scheduler_config.json")?;
+
+        let text_file = Config::read(&files, "text_encoder/config.json")?;
+        let text_config = ClipTextConfig::read(&text_file)?;
+        let tokenizer = Tokenizer::load(&files, "tokenizer", text_config.max_positions())?;
+        if tokenizer.id_bound() > text_config.vocab_size() {
+            return Err(text_file.unsupported(
+                "vocab_size",
+                format!("at least the tokenizer's {} ids", tokenizer.id_bound()),
+            ));
+        }
+        let unet_file = Config::read(&files, "unet/config.json")?;
+        let unet_config = UNetConfig::read(&unet_file)?;
+        let vae_config = VaeConfig::read(&Config::read(&files, "vae/config.json")?)?;
+        check_fit(&unet_file, &unet_config, &text_config, &vae_config)?;
+
+        let sites = RefCell::default();
+        let weights = Weights::open(
+            &files,
+            "text_encoder",
+            "model",
+            clip::canonical,
+            device,
+            dtype,
+        )?;
+        let scope = Scope::new(&weights, &sites, "text_encoder.text_model");
+        let text_encoder = ClipTextModel::load(&scope, &text_config)?;
+        weights.warn_unused();
+
+        let stem = "diffusion_pytorch_model";
+        let weights = Weights::open(&files, "unet", stem, str::to_owned, device, dtype)?;
+        // Hashing a full-size UNet takes seconds, on a core that loading leaves free.
+        let (unet, hash) = std::thread::scope(|scope| {
+            let hash = scope.spawn(|| sha256_hex(weights.blobs()));
+            let scope = Scope::new(&weights, &sites, "unet");
+            let unet = UNet2DConditionModel::load(&scope, unet_config, dtype);
+            let hash = hash
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            Ok::<_, LoadError>((unet?, hash?))
+        })?;
+        weights.warn_unused();
+
+        let vae_dtype = if vae_config.force_upcast && dtype == DType::F16 {
+            DType::F32
+        } else {
+            dtype
+        };
+        let weights = Weights::open(&files, "vae", stem, vae::canonical, device, vae_dtype)?;
+        let scope = Scope::new(&weights, &sites, "vae");
+        let vae = AutoencoderKl::load(&scope, vae_config, vae_dtype)?;
+        weights.warn_unused();
+
+        Ok(Self {
+            name: name(source),
+            hash: hash[..SHORT_HASH].to_owned(),
+            tokenizer,
+            text_encoder,
+            unet,
+            vae,
+            scheduler_config,
+            sites: sites.into_inner(),
+        })
+    }
+
+    /// Every named module of text encoder, UNet and VAE, in the order of construction.
+    pub fn sites(&self) -> &[Site] {
+        &self.sites
+    }
+}
+
+/// The pipeline must be one whose parts these are.
+fn check_index(index: &Config) -> Result<(), LoadError> {
+    let key = "_class_name";
+    if index.get(key).is_none() {
+        return Err(index.missing(key, "StableDiffusionPipeline"));
+    }
+    index.only(key, "StableDiffusionPipeline".into())?;
+    for (part, classes) in [
+        ("text_encoder", ["CLIPTextModel"].as_slice()),
+        ("tokenizer", &["CLIPTokenizer", "CLIPTokenizerFast"]),
+        ("unet", &["UNet2DConditionModel"]),
+        ("vae", &["AutoencoderKL"]),
+    ] {
+        let expected = || format!("[library, {}]", classes.join(" or "));
+        let entry = index
+            .get(part)
+            .ok_or_else(|| index.missing(part, expected()))?;
+        let class = entry.get(1).and_then(Value::as_str);
+        if !class.is_some_and(|class| classes.contains(&class)) {
+            return Err(index.unsupported(part, expected()));
+        }
+    }
+    if index.get("scheduler").is_none() {
+        return Err(index.missing("scheduler", "[library, a scheduler's class]"));
+    }
+    let mut harmless = OPTIONAL_PARTS.to_vec();
+    harmless.push("requires_safety_checker");
+    index.warn_unknown(&harmless);
+    Ok(())
+}
+
+/// The parts must fit each other.
+fn check_fit(
+    unet_file: &Config,
+    unet: &UNetConfig,
+    text: &ClipTextConfig,
+    vae: &VaeConfig,
+) -> Result<(), LoadError> {
+    let latents = vae.latent_channels;
+    for (key, found) in [
+        ("in_channels", unet.in_channels),
+        ("out_channels", unet.out_channels),
+    ] {
+        if found != latents {
+            let expected = format!("the latent_channels of the vae ({latents})");
+            return Err(unet_file.unsupported(key, expected));
+        }
+    }
+    if unet.levels[0].context_width != text.hidden_size() {
+        return Err(unet_file.unsupported(
+            "cross_attention_dim",
+            format!("the text encoder's hidden_size ({})", text.hidden_size()),
+        ));
+    }
+    Ok(())
+}
+
+fn name(source: &ModelSource) -> String {
+    match source {
+        ModelSource::Demo => "demo".into(),
+        // `file_name` is absent for paths such as `..`; the canonical path has one.
+        ModelSource::Folder(path) => path
+            .canonicalize()
+            .ok()
+            .as_deref()
+            .unwrap_or(path)
+            .file_name()
+            .map_or_else(
+                || path.display().to_string(),
+                |name| name.to_string_lossy().into_owned(),
+            ),
+    }
+}

@@ -1,0 +1,219 @@
+//! The blocks of the way down, the middle and the way up.
+
+use candle_core::{D, Result, Tensor};
+
+use super::super::{
+    LoadError,
+    layers::{Conv2d, ConvShape, Scope},
+    resnet::{ResnetBlock, ResnetConfig},
+};
+use super::{
+    Context, LevelConfig, UNetConfig,
+    transformer::{Transformer, TransformerShape},
+};
+use crate::ops;
+
+type Loaded<T> = std::result::Result<T, LoadError>;
+
+/// A residual block and, in attending blocks, the transformer behind it.
+#[derive(Debug)]
+struct Layer {
+    resnet: ResnetBlock,
+    attention: Option<Transformer>,
+}
+
+impl Layer {
+    fn forward(&self, x: &Tensor, time: &Tensor, context: &Context) -> Result<Tensor> {
+        let x = self.resnet.forward(x, Some(time))?;
+        match &self.attention {
+            Some(attention) => attention.forward(&x, context),
+            None => Ok(x),
+        }
+    }
+}
+
+fn resnet_config(config: &UNetConfig) -> ResnetConfig {
+    ResnetConfig {
+        groups: config.groups,
+        eps: config.eps,
+        time_embedding: Some(config.time_embedding),
+    }
+}
+
+fn load_resnet(
+    scope: &Scope,
+    config: &UNetConfig,
+    index: usize,
+    input: usize,
+    output: usize,
+) -> Loaded<ResnetBlock> {
+    let scope = scope.nth("resnets", index);
+    ResnetBlock::load(&scope, &resnet_config(config), input, output)
+}
+
+fn load_attention(
+    scope: &Scope,
+    config: &UNetConfig,
+    index: usize,
+    level: &LevelConfig,
+    blocks: usize,
+) -> Loaded<Transformer> {
+    let shape = TransformerShape {
+        channels: level.channels,
+        heads: level.heads,
+        context_width: level.context_width,
+        blocks,
+    };
+    Transformer::load(&scope.nth("attentions", index), config, shape)
+}
+
+/// `DownBlock2D` and `CrossAttnDownBlock2D`.
+#[derive(Debug)]
+pub(super) struct DownBlock {
+    layers: Vec<Layer>,
+    downsample: Option<Conv2d>,
+}
+
+impl DownBlock {
+    /// Level `index`, which gets `input` channels.
+    pub fn load(scope: &Scope, config: &UNetConfig, index: usize, input: usize) -> Loaded<Self> {
+        let level = &config.levels[index];
+        let c = level.channels;
+        let layers = (0..level.layers)
+            .map(|i| {
+                Ok(Layer {
+                    resnet: load_resnet(scope, config, i, if i == 0 { input } else { c }, c)?,
+                    attention: level
+                        .down_attention
+                        .then(|| load_attention(scope, config, i, level, level.down_transformers))
+                        .transpose()?,
+                })
+            })
+            .collect::<Loaded<_>>()?;
+        let last = index + 1 == config.levels.len();
+        let downsample = (!last)
+            .then(|| {
+                let shape = ConvShape {
+                    stride: 2,
+                    ..ConvShape::same(c, c, 3)
+                };
+                Conv2d::load(&scope.at("downsamplers.0.conv"), shape)
+            })
+            .transpose()?;
+        Ok(Self { layers, downsample })
+    }
+
+    /// Pushes what the way up will need onto `skips`.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        time: &Tensor,
+        context: &Context,
+        skips: &mut Vec<Tensor>,
+    ) -> Result<Tensor> {
+        let mut x = x.clone();
+        for layer in &self.layers {
+            x = layer.forward(&x, time, context)?;
+            skips.push(x.clone());
+        }
+        if let Some(downsample) = &self.downsample {
+            x = downsample.forward(&x)?;
+            skips.push(x.clone());
+        }
+        Ok(x)
+    }
+}
+
+/// `UNetMidBlock2DCrossAttn`.
+#[derive(Debug)]
+pub(super) struct MidBlock {
+    first: ResnetBlock,
+    attention: Transformer,
+    last: ResnetBlock,
+}
+
+impl MidBlock {
+    pub fn load(scope: &Scope, config: &UNetConfig, level: &LevelConfig) -> Loaded<Self> {
+        let c = level.channels;
+        Ok(Self {
+            first: load_resnet(scope, config, 0, c, c)?,
+            attention: load_attention(scope, config, 0, level, level.down_transformers)?,
+            last: load_resnet(scope, config, 1, c, c)?,
+        })
+    }
+
+    pub fn forward(&self, x: &Tensor, time: &Tensor, context: &Context) -> Result<Tensor> {
+        let x = self.first.forward(x, Some(time))?;
+        let x = self.attention.forward(&x, context)?;
+        self.last.forward(&x, Some(time))
+    }
+}
+
+/// `UpBlock2D` and `CrossAttnUpBlock2D`.
+#[derive(Debug)]
+pub(super) struct UpBlock {
+    layers: Vec<Layer>,
+    upsample: Option<Conv2d>,
+}
+
+impl UpBlock {
+    /// Level `index` (counted from the top), which gets `input` channels from below.
+    pub fn load(scope: &Scope, config: &UNetConfig, index: usize, input: usize) -> Loaded<Self> {
+        let level = &config.levels[index];
+        let c = level.channels;
+        // The last skip of a level is what came into it on the way down.
+        let entry = config.levels[index.saturating_sub(1)].channels;
+        let count = level.layers + 1;
+        let layers = (0..count)
+            .map(|i| {
+                let from_below = if i == 0 { input } else { c };
+                let skip = if i + 1 == count { entry } else { c };
+                Ok(Layer {
+                    resnet: load_resnet(scope, config, i, from_below + skip, c)?,
+                    attention: level
+                        .up_attention
+                        .then(|| load_attention(scope, config, i, level, level.up_transformers))
+                        .transpose()?,
+                })
+            })
+            .collect::<Loaded<_>>()?;
+        let upsample = (index > 0)
+            .then(|| {
+                let scope = scope.at("upsamplers.0.conv");
+                Conv2d::load(&scope, ConvShape::same(c, c, 3))
+            })
+            .transpose()?;
+        Ok(Self { layers, upsample })
+    }
+
+    /// Takes its skips from the end of `skips`.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        time: &Tensor,
+        context: &Context,
+        skips: &mut Vec<Tensor>,
+    ) -> Result<Tensor> {
+        let mut x = x.clone();
+        for layer in &self.layers {
+            let Some(skip) = skips.pop() else {
+                candle_core::bail!("unet: the way up asks for more than the way down left");
+            };
+            x = layer.forward(&Tensor::cat(&[&x, &skip], D::Minus1)?, time, context)?;
+        }
+        let Some(upsample) = &self.upsample else {
+            return Ok(x);
+        };
+        let mut x = ops::upsample_nearest_2x(&x)?;
+        // A side that was odd before it was halved comes back one too long. Nearest-neighbour
+        // interpolation to the odd size, as in diffusers, is the doubled picture without its end.
+        if let Some(next) = skips.last() {
+            for axis in [1, 2] {
+                if x.dim(axis)? != next.dim(axis)? {
+                    x = x.narrow(axis, 0, next.dim(axis)?)?.contiguous()?;
+                }
+            }
+        }
+        upsample.forward(&x)
+    }
+}
