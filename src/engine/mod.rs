@@ -10,7 +10,9 @@ mod batcher;
 #[allow(clippy::module_inception)] // The house is named after its main room.
 mod engine;
 mod job;
+mod open;
 mod painter;
+mod pipeline_backend;
 mod worker;
 
 #[cfg(test)]
@@ -19,4 +21,5 @@ mod tests;
 pub use backend::{Backend, BackendError, LatentShape, View};
 pub use engine::{Engine, EngineConfig};
 pub use job::{Health, Job, JobError, Picture, Progress, SubmitError};
+pub use open::{DeviceChoice, OpenError, OpenOptions, Precision, open};
 pub use painter::{Drained, EngineStats, ModelInfo, Painter};

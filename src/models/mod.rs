@@ -20,7 +20,7 @@ mod weights;
 
 pub use clip::ClipTextModel;
 pub use error::LoadError;
-pub use model::{Model, ModelSource};
+pub use model::{Model, ModelSource, SuggestedDefaults};
 pub use sites::{Site, SiteKind};
 pub use tokenizer::{EncodeError, Tokenizer};
 pub use unet::UNet2DConditionModel;

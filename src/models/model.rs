@@ -43,7 +43,33 @@ pub struct Model {
     pub vae: AutoencoderKl,
     /// `scheduler/scheduler_config.json` as it is.
     pub scheduler_config: Value,
+    /// What the folder's `lorikeet.json` suggests, if there is one.
+    pub defaults: SuggestedDefaults,
     sites: Vec<Site>,
+}
+
+/// What a model paints well with: an optional `lorikeet.json` beside `model_index.json`, as
+/// diffusers' files have no place for it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SuggestedDefaults {
+    /// Denoising steps.
+    pub steps: Option<u32>,
+    /// Scale of classifier-free guidance.
+    pub guidance_scale: Option<f64>,
+}
+
+impl SuggestedDefaults {
+    fn load(files: &Files) -> Result<Self, LoadError> {
+        const FILE: &str = "lorikeet.json";
+        if !files.exists(FILE) {
+            return Ok(Self::default());
+        }
+        serde_json::from_value(files.json(FILE)?).map_err(|source| LoadError::Json {
+            file: files.label(FILE),
+            source,
+        })
+    }
 }
 
 impl Model {
@@ -115,6 +141,7 @@ impl Model {
             unet,
             vae,
             scheduler_config,
+            defaults: SuggestedDefaults::load(&files)?,
             sites: sites.into_inner(),
         })
     }

@@ -197,6 +197,7 @@ fn demo_files() -> &'static [(&'static str, &'static [u8])] {
         };
     }
     files![
+        "lorikeet.json",
         "model_index.json",
         "scheduler/scheduler_config.json",
         "text_encoder/config.json",
