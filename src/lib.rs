@@ -3,6 +3,7 @@
 //! Dependencies point one way:
 //! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise} -> ops`.
 
+pub mod api;
 pub mod engine;
 pub mod models;
 pub mod noise;

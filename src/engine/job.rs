@@ -8,7 +8,7 @@ use tokio::sync::{oneshot, watch};
 /// Where a job stands.
 #[derive(Debug, Clone, Default)]
 pub struct Progress {
-    /// Jobs ahead in the queue; 0 once it runs.
+    /// Place in the queue, counted from 1; 0 once it runs.
     pub queued_ahead: usize,
     /// Denoising steps done and in all, over all pictures of the request.
     pub step: u32,

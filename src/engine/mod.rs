@@ -1,9 +1,22 @@
 //! The serving core: admission queue, step batcher, device worker.
 //!
-//! This is the contract the HTTP layer and the command line code against.
+//! A step is the unit of scheduling. Requests join and leave between denoising steps, and what
+//! runs together shares nothing but the latent shape. [`Painter`] is what the HTTP layer and the
+//! command line know of all this; [`Engine`] is the real one, over any [`Backend`].
 
+mod admission;
+mod backend;
+mod batcher;
+#[allow(clippy::module_inception)] // The house is named after its main room.
+mod engine;
 mod job;
 mod painter;
+mod worker;
 
+#[cfg(test)]
+mod tests;
+
+pub use backend::{Backend, BackendError, LatentShape, View};
+pub use engine::{Engine, EngineConfig};
 pub use job::{Health, Job, JobError, Picture, Progress, SubmitError};
 pub use painter::{Drained, EngineStats, ModelInfo, Painter};

@@ -1,0 +1,104 @@
+//! `GET /v1/models`, and which model a request means.
+
+use axum::{
+    Json,
+    extract::{Path, State},
+};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::{ApiError, AppState, error::ErrorBody};
+use crate::engine::ModelInfo;
+
+/// A model that can be named in `model`.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Model {
+    #[schema(example = "demo")]
+    id: String,
+    /// Always `model`.
+    object: &'static str,
+    /// Unix time in seconds.
+    created: u64,
+    owned_by: &'static str,
+}
+
+/// All models.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ModelList {
+    /// Always `list`.
+    object: &'static str,
+    data: Vec<Model>,
+}
+
+impl From<&ModelInfo> for Model {
+    fn from(info: &ModelInfo) -> Self {
+        Self {
+            id: info.name.clone(),
+            object: "model",
+            created: info.created,
+            owned_by: "lorikeet",
+        }
+    }
+}
+
+/// Lists what can be named in `model`.
+#[utoipa::path(get, path = "/v1/models", tag = "models",
+    responses(
+        (status = 200, description = "The models", body = ModelList),
+        (status = 503, description = "Still loading", body = ErrorBody)))]
+pub(super) async fn list_models(
+    State(state): State<AppState>,
+) -> Result<Json<ModelList>, ApiError> {
+    let data = vec![state.painter()?.info().into()];
+    Ok(Json(ModelList {
+        object: "list",
+        data,
+    }))
+}
+
+/// One model.
+#[utoipa::path(get, path = "/v1/models/{id}", tag = "models",
+    params(("id" = String, Path, description = "A name from the list", example = "demo")),
+    responses(
+        (status = 200, description = "The model", body = Model),
+        (status = 404, description = "No such model", body = ErrorBody),
+        (status = 503, description = "Still loading", body = ErrorBody)))]
+pub(super) async fn get_model(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<Model>, ApiError> {
+    let info = state.painter()?.info();
+    if id == info.name {
+        return Ok(Json(info.into()));
+    }
+    Err(no_such_model(&id, info))
+}
+
+fn no_such_model(name: &str, info: &ModelInfo) -> ApiError {
+    ApiError::NoSuchModel {
+        // Enough to recognise it by; the answer is not an echo service.
+        name: name.chars().take(128).collect(),
+        available: info.name.clone(),
+    }
+}
+
+/// Finds the model a request means: the served one when it is named, when none is, and, with a
+/// warning, when the name is one that OpenAI's clients send by default.
+pub(super) fn resolve(name: Option<&str>, info: &ModelInfo) -> Result<Option<String>, ApiError> {
+    match name {
+        None | Some("default") => Ok(None),
+        Some(name) if name == info.name => Ok(None),
+        Some(name) if is_openai_model(name) => Ok(Some(format!(
+            "model `{name}` is not served here; painted with `{}`",
+            info.name
+        ))),
+        Some(name) => Err(no_such_model(name, info)),
+    }
+}
+
+fn is_openai_model(name: &str) -> bool {
+    const NAMES: [&str; 3] = ["dall-e-2", "dall-e-3", "chatgpt-image-latest"];
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.');
+    NAMES.contains(&name)
+        || (name.starts_with("gpt-image-") && name.len() <= 64 && name.chars().all(plain))
+}

@@ -1,0 +1,119 @@
+//! What every handler shares.
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::http::HeaderValue;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::sync::Semaphore;
+
+use super::ApiError;
+use crate::engine::{Health, Painter};
+
+/// How the HTTP layer behaves; the operator's choices.
+#[derive(Debug, Clone)]
+pub struct HttpSettings {
+    /// Bytes of a request's body.
+    pub max_body: usize,
+    /// For a request's body to arrive.
+    pub body_timeout: Duration,
+    /// From acceptance to the finished picture, waiting included.
+    pub paint_timeout: Duration,
+    /// Origins whose pages may call; empty for none, `*` for any.
+    pub cors_origins: Vec<HeaderValue>,
+}
+
+impl Default for HttpSettings {
+    fn default() -> Self {
+        Self {
+            max_body: 32 * 1024 * 1024,
+            body_timeout: Duration::from_secs(60),
+            paint_timeout: Duration::from_secs(600),
+            cors_origins: Vec::new(),
+        }
+    }
+}
+
+/// Uploads decoded at once: each may hold the decoder's whole memory allowance.
+const DECODERS: usize = 4;
+
+/// Shared by all handlers; cheap to clone.
+#[derive(Clone)]
+pub struct AppState(Arc<Shared>);
+
+struct Shared {
+    painter: OnceLock<Arc<dyn Painter>>,
+    draining: AtomicBool,
+    settings: HttpSettings,
+    metrics: PrometheusHandle,
+    decoders: Arc<Semaphore>,
+}
+
+/// Where the server stands, as the probes tell it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    Loading,
+    Ready,
+    Draining,
+    Broken,
+}
+
+impl AppState {
+    /// A server without a model yet: it answers probes, and 503 to the rest.
+    pub fn loading(settings: HttpSettings, metrics: PrometheusHandle) -> Self {
+        Self(Arc::new(Shared {
+            painter: OnceLock::new(),
+            draining: AtomicBool::new(false),
+            settings,
+            metrics,
+            decoders: Arc::new(Semaphore::new(DECODERS)),
+        }))
+    }
+
+    /// Puts the loaded model in. A second call changes nothing.
+    pub fn set_painter(&self, painter: Arc<dyn Painter>) {
+        if self.0.painter.set(painter).is_err() {
+            tracing::warn!("the model is already loaded; the second one is dropped");
+        }
+    }
+
+    /// From now on `/readyz` says 503; requests are still served until the painter drains.
+    pub fn start_draining(&self) {
+        self.0.draining.store(true, Ordering::SeqCst);
+    }
+
+    /// The loaded model, or 503.
+    pub(super) fn painter(&self) -> Result<&Arc<dyn Painter>, ApiError> {
+        self.0.painter.get().ok_or(ApiError::Loading)
+    }
+
+    pub(super) fn settings(&self) -> &HttpSettings {
+        &self.0.settings
+    }
+
+    pub(super) fn metrics(&self) -> &PrometheusHandle {
+        &self.0.metrics
+    }
+
+    pub(super) fn decoders(&self) -> Arc<Semaphore> {
+        self.0.decoders.clone()
+    }
+
+    pub(super) fn stage(&self) -> Stage {
+        if self.0.draining.load(Ordering::SeqCst) {
+            return Stage::Draining;
+        }
+        match self.0.painter.get() {
+            None => Stage::Loading,
+            Some(painter) => match *painter.health().borrow() {
+                Health::Healthy => Stage::Ready,
+                Health::Broken(_) => Stage::Broken,
+            },
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The handle to the serving core: what the rest of the program holds.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
+    time::Duration,
+};
+
+use tokio::sync::{oneshot, watch};
+
+use super::{
+    Drained, EngineStats, Health, Job, ModelInfo, Painter, Progress, SubmitError,
+    admission::{Admission, Refused, Ticket},
+    backend::Backend,
+    worker::Worker,
+};
+use crate::pipeline::request::ImageRequest;
+
+/// candle walks its graphs by recursion, and debug builds have large frames.
+const WORKER_STACK: usize = 64 << 20;
+
+/// How much the engine takes on at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Jobs that may wait; one more is refused with [`SubmitError::QueueFull`].
+    pub queue: usize,
+    /// Rows in one forward at most (guidance makes two of a picture). A larger batch uses the
+    /// device better and makes each step longer.
+    pub max_rows: usize,
+    /// Pictures in progress before further jobs wait. With `max_rows / 2` every picture steps in
+    /// every forward; more lets pictures of several sizes take turns.
+    pub max_running: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            queue: 64,
+            max_rows: 16,
+            max_running: 8,
+        }
+    }
+}
+
+/// What the worker and the handles share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub admission: Admission,
+    pub health: watch::Sender<Health>,
+    /// Becomes true when the worker has ended.
+    pub drained: watch::Sender<bool>,
+    pub max_rows: usize,
+    pub max_running: usize,
+    pub running_rows: AtomicUsize,
+    pub steps: AtomicU64,
+    pub pictures: AtomicU64,
+    /// Moving average of the time between two finished pictures, in microseconds; 0 is unknown.
+    picture_micros: AtomicU64,
+}
+
+impl Shared {
+    /// Stops painting for good, once.
+    pub fn breaks(&self, cause: String) {
+        self.health.send_if_modified(|health| {
+            let healthy = *health == Health::Healthy;
+            if healthy {
+                *health = Health::Broken(cause);
+            }
+            healthy
+        });
+        self.admission.close();
+    }
+
+    /// Takes the time one picture took into the moving average.
+    pub fn saw_picture(&self, time: Duration) {
+        let new = time.as_micros() as f64;
+        let old = self.picture_micros.load(Relaxed);
+        let mean = if old == 0 {
+            new
+        } else {
+            0.8 * old as f64 + 0.2 * new
+        };
+        // Only the worker writes, so no update is lost.
+        self.picture_micros.store((mean as u64).max(1), Relaxed);
+    }
+
+    /// When trying again makes sense: by then about half of the queue has been painted.
+    fn retry_after(&self) -> Duration {
+        let picture = Duration::from_micros(self.picture_micros.load(Relaxed));
+        let wait = picture.saturating_mul(self.admission.len().div_ceil(2) as u32);
+        wait.clamp(Duration::from_secs(1), Duration::from_secs(120))
+    }
+}
+
+/// The serving core: a bounded queue and a worker thread that owns the device.
+///
+/// Dropping it lets accepted work finish and ends the thread afterwards.
+#[derive(Debug)]
+pub struct Engine {
+    shared: Arc<Shared>,
+    info: ModelInfo,
+}
+
+impl Engine {
+    /// Starts the worker thread on `backend`.
+    ///
+    /// # Errors
+    /// When the system grants no thread.
+    pub fn start<B: Backend>(
+        backend: B,
+        info: ModelInfo,
+        config: EngineConfig,
+    ) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            admission: Admission::new(config.queue),
+            health: watch::Sender::new(Health::Healthy),
+            drained: watch::Sender::new(false),
+            max_rows: config.max_rows.max(1),
+            max_running: config.max_running.max(1),
+            running_rows: AtomicUsize::new(0),
+            steps: AtomicU64::new(0),
+            pictures: AtomicU64::new(0),
+            picture_micros: AtomicU64::new(0),
+        });
+        let worker = Worker::new(backend, shared.clone());
+        thread::Builder::new()
+            .name("device".into())
+            .stack_size(WORKER_STACK)
+            .spawn(move || worker.run())?;
+        Ok(Self { shared, info })
+    }
+}
+
+impl Painter for Engine {
+    fn submit(&self, request: ImageRequest) -> Result<Job, SubmitError> {
+        if *self.shared.health.borrow() != Health::Healthy {
+            return Err(SubmitError::Broken);
+        }
+        let (progress, watching) = watch::channel(Progress::default());
+        let (result, outcome) = oneshot::channel();
+        let ticket = Ticket {
+            request,
+            progress,
+            result,
+        };
+        match self.shared.admission.push(ticket) {
+            Ok(()) => Ok(Job::new(watching, outcome)),
+            Err(Refused::Full) => Err(SubmitError::QueueFull {
+                retry_after: self.shared.retry_after(),
+            }),
+            Err(Refused::Closed) => Err(SubmitError::Draining),
+        }
+    }
+
+    fn health(&self) -> watch::Receiver<Health> {
+        self.shared.health.subscribe()
+    }
+
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn stats(&self) -> EngineStats {
+        let shared = &self.shared;
+        EngineStats {
+            queued: shared.admission.len(),
+            running_rows: shared.running_rows.load(Relaxed),
+            steps: shared.steps.load(Relaxed),
+            pictures: shared.pictures.load(Relaxed),
+        }
+    }
+
+    fn drain(&self) {
+        self.shared.admission.close();
+    }
+
+    fn drained(&self) -> Drained<'_> {
+        let mut drained = self.shared.drained.subscribe();
+        Box::pin(async move {
+            // The sender lives in `self`, so waiting cannot fail while this borrow does.
+            let _ = drained.wait_for(|done| *done).await;
+        })
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.admission.close();
+    }
+}
