@@ -18,6 +18,9 @@ mod unet;
 mod vae;
 mod weights;
 
+#[cfg(test)]
+mod golden_tests;
+
 pub use clip::ClipTextModel;
 pub use error::LoadError;
 pub use model::{Model, ModelSource, SuggestedDefaults};

@@ -1,6 +1,6 @@
 //! `scheduler_config.json` as diffusers writes it.
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 
 use super::{SchedulerError, schedule::Schedule};
 
@@ -121,6 +121,8 @@ pub struct SchedulerConfig {
     pub predict_x0: Option<bool>,
     /// UniPC: steps after which nothing is corrected.
     pub disable_corrector: Option<Vec<usize>>,
+    /// UniPC: another predictor; refused.
+    pub solver_p: Option<IgnoredAny>,
     /// LCM: steps of the schedule the model was distilled on.
     pub original_inference_steps: Option<usize>,
     /// LCM.

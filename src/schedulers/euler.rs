@@ -134,3 +134,64 @@ impl Method for Euler {
         (1.0, self.schedule.sigmas[index])
     }
 }
+
+/// diffusers' `EulerAncestralDiscreteScheduler`: Euler down to less noise than the next level has,
+/// then fresh noise up to it.
+pub(super) struct EulerAncestral {
+    schedule: SigmaSchedule,
+}
+
+impl EulerAncestral {
+    pub(super) fn new(config: &SchedulerConfig, steps: usize) -> Result<Self, SchedulerError> {
+        let base = Schedule::new(config, Defaults::EULER)?;
+        let schedule = SigmaSchedule::new(
+            &base,
+            config,
+            SigmaShape::Training,
+            Interpolation::Linear,
+            0.0,
+            steps,
+        );
+        Ok(Self { schedule })
+    }
+}
+
+impl Method for EulerAncestral {
+    fn timesteps(&self) -> &[f32] {
+        &self.schedule.timesteps
+    }
+
+    fn init_noise_sigma(&self) -> f32 {
+        self.schedule.init_noise_sigma
+    }
+
+    fn scale_model_input(&self, index: usize, sample: &[f32]) -> Vec<f32> {
+        self.schedule.scale(index, sample)
+    }
+
+    fn step(
+        &mut self,
+        index: usize,
+        output: &[f32],
+        sample: &mut [f32],
+        noise: &mut dyn FnMut() -> Vec<f32>,
+    ) {
+        let (from, to) = (self.schedule.sigmas[index], self.schedule.sigmas[index + 1]);
+        let (from2, to2) = (from * from, to * to);
+        let up = (to2 * (from2 - to2) / from2).sqrt();
+        let down = (to2 - up * up).sqrt();
+        let dt = down - from;
+        let x0 = self.schedule.x0(index, output, sample);
+        update(sample, &x0, |x, x0| x + (x - x0) / from * dt);
+        // Drawn even in the last step, where `up` is 0, as diffusers does.
+        update(sample, &noise(), |x, n| x + n * up);
+    }
+
+    fn denoised(&self, index: usize, output: &[f32], sample: &[f32]) -> Vec<f32> {
+        self.schedule.x0(index, output, sample)
+    }
+
+    fn noise_level(&self, index: usize) -> (f32, f32) {
+        (1.0, self.schedule.sigmas[index])
+    }
+}

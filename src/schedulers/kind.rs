@@ -155,11 +155,7 @@ impl FromStr for SchedulerKind {
                     .flatten()
                     .any(|known| folded(known) == wanted)
             })
-            .or(match wanted.as_str() {
-                "eulerancestral" => Some(Self::EulerAncestral),
-                "ddimcfg++" => None,
-                _ => None,
-            })
+            .or((wanted == "eulerancestral").then_some(Self::EulerAncestral))
             .ok_or_else(|| UnknownScheduler {
                 // A hostile name must not fill the log.
                 name: name.chars().take(64).collect(),

@@ -26,12 +26,17 @@
 
 mod config;
 mod ddim;
+mod ddpm;
+mod dpmpp;
 mod euler;
+mod heun;
 mod kind;
+mod lcm;
 mod prediction;
 mod run;
 mod schedule;
 mod sigmas;
+mod unipc;
 
 pub use config::{
     BetaSchedule, FinalSigmas, Interpolation, PredictionType, SchedulerConfig, TimestepSpacing,
@@ -122,8 +127,18 @@ pub fn sampler(
     use SchedulerKind::*;
     Ok(match kind {
         Ddim => Run::boxed(ddim::Ddim::new(config, steps)?, skipped),
+        Ddpm => Run::boxed(ddpm::Ddpm::new(config, steps)?, skipped),
         Euler => Run::boxed(euler::Euler::new(config, steps)?, skipped),
-        _ => todo!(),
+        EulerAncestral => Run::boxed(euler::EulerAncestral::new(config, steps)?, skipped),
+        Heun => Run::boxed(heun::Heun::new(config, steps)?, skipped),
+        Dpmpp2m | Dpmpp2mKarras | Dpmpp2mSde | Dpmpp2mSdeKarras => {
+            let karras = matches!(kind, Dpmpp2mKarras | Dpmpp2mSdeKarras);
+            let sde = matches!(kind, Dpmpp2mSde | Dpmpp2mSdeKarras);
+            let solver = dpmpp::DpmPlusPlus::new(config, steps, karras, sde)?;
+            Run::boxed(solver, skipped)
+        }
+        UniPc => Run::boxed(unipc::UniPc::new(config, steps)?, skipped),
+        Lcm => Run::boxed(lcm::Lcm::new(config, steps)?, skipped),
     })
 }
 

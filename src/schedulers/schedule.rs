@@ -43,6 +43,20 @@ impl Defaults {
         zero_snr: ZeroSnr::NearZero,
         ..Self::DDIM
     };
+    /// DPM++ and UniPC.
+    pub(super) const SOLVER: Self = Self::EULER;
+    pub(super) const HEUN: Self = Self {
+        beta_start: 0.00085,
+        beta_end: 0.012,
+        zero_snr: ZeroSnr::Ignored,
+        ..Self::EULER
+    };
+    pub(super) const LCM: Self = Self {
+        beta_start: 0.00085,
+        beta_end: 0.012,
+        beta_schedule: BetaSchedule::ScaledLinear,
+        ..Self::DDIM
+    };
 }
 
 /// A training schedule and how inference steps are laid out on it.
@@ -123,6 +137,26 @@ impl Schedule {
                 }
             })
             .collect()
+    }
+
+    /// Timesteps of the multistep solvers, which lay out one point more and leave out the last;
+    /// only the first `end` training timesteps are used.
+    pub(super) fn solver_timesteps(&self, steps: usize, end: usize) -> Vec<f64> {
+        match self.spacing {
+            TimestepSpacing::Linspace => {
+                let mut points = descending(linspace(0.0, (end - 1) as f64, steps + 1));
+                points.pop();
+                points.iter().map(|t| t.round_ties_even()).collect()
+            }
+            TimestepSpacing::Leading => {
+                let ratio = end / (steps + 1);
+                (1..=steps)
+                    .rev()
+                    .map(|i| (i * ratio + self.steps_offset) as f64)
+                    .collect()
+            }
+            TimestepSpacing::Trailing => trailing(end as f64, self.train_steps(), steps),
+        }
     }
 
     fn leading(&self, ratio: usize, steps: usize) -> Vec<f64> {
