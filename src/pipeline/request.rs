@@ -9,7 +9,7 @@ use image::{
     imageops::{self, FilterType},
 };
 
-use crate::schedulers::SchedulerKind;
+use crate::schedulers::{SchedulerKind, UnknownScheduler};
 
 /// Guidance above this only burns the picture; samplers overflow long before infinity.
 const MAX_GUIDANCE: f64 = 100.0;
@@ -190,8 +190,9 @@ impl RequestDraft {
         )?;
         let guidance_scale = check_guidance(self.guidance_scale.unwrap_or(model.guidance_scale))?;
         let scheduler = match &self.scheduler {
-            Some(name) => parse_scheduler(name)
-                .map_err(|error| InvalidField::new("scheduler", error.to_string()))?,
+            Some(name) => name.parse().map_err(|error: UnknownScheduler| {
+                InvalidField::new("scheduler", error.to_string())
+            })?,
             None => model.scheduler,
         };
         // A drawn seed fits 32 bits, so that JavaScript clients can send it back unrounded.
@@ -244,21 +245,6 @@ fn size_for_image(
         multiples.clamp(1, most) * multiple
     };
     (side(width), side(height))
-}
-
-/// Stand-in until `SchedulerKind: FromStr` is merged from branch `sched`.
-fn parse_scheduler(name: &str) -> Result<SchedulerKind, String> {
-    Ok(match name {
-        "ddim" => SchedulerKind::Ddim,
-        "euler" => SchedulerKind::Euler,
-        "euler_a" => SchedulerKind::EulerAncestral,
-        "dpmpp_2m" => SchedulerKind::Dpmpp2m,
-        _ => {
-            return Err(format!(
-                "unknown scheduler `{name}`; try ddim, euler, euler_a, dpmpp_2m"
-            ));
-        }
-    })
 }
 
 fn check_text(field: &'static str, text: &str, limits: &Limits) -> Result<(), InvalidField> {

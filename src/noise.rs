@@ -1,1 +1,0 @@
-//! Random numbers as PyTorch draws them on the CPU.
