@@ -4,9 +4,12 @@
 //! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise} -> ops`.
 
 pub mod api;
+pub mod cli;
+pub mod config;
 pub mod engine;
 pub mod models;
 pub mod noise;
 pub mod ops;
 pub mod pipeline;
 pub mod schedulers;
+pub mod telemetry;

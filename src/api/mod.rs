@@ -31,8 +31,9 @@ use axum::{Router, routing::get};
 use utoipa::OpenApi as _;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-pub use encode::{OutputFormat, encode};
+pub use encode::{OutputFormat, encode, encode_plain};
 pub use error::ApiError;
+pub(crate) use parameters::parse_size;
 pub use serve::{Drain, serve};
 pub use state::{AppState, HttpSettings};
 pub use upload::{UploadError, decode_image, decode_mask};

@@ -3,41 +3,51 @@
 //! Pictures are channels-last everywhere in this crate: `[batch, height, width, channels]`. A 1x1
 //! convolution is then a matrix product, attention reads tokens without a transpose, and channel
 //! loops vectorise.
+//!
+//! Each operation has two forms. f32 tensors in host memory that nobody wants a gradient of, which
+//! is all of serving on a CPU, go through the kernels of this module; everything else is composed
+//! from candle's operations in `reference`, which is also the tests' oracle.
+//!
+//! **A row does not depend on its neighbours.** In every kernel the order of a sum depends on the
+//! shape of one batch item (or one token, for [`Linear`] and [`layer_norm`]) and on nothing else:
+//! not on the batch size, not on the number of threads. Item `i` of a batch of eight is the same,
+//! to the last bit, as that item alone.
 
 mod attention;
 mod conv;
+mod gemm;
+mod host;
+mod kernel;
 mod linear;
 mod norm;
+mod parallel;
+mod reference;
+#[cfg(test)]
+mod tests;
 
 pub use attention::attention;
 pub use conv::Conv2d;
 pub use linear::Linear;
 pub use norm::{group_norm, layer_norm};
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 /// Exact GEGLU: `x[.., ..d] * gelu_erf(x[.., d..])`; `x` is `[.., 2d]`, the result `[.., d]`.
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
-    let halves = x.chunk(2, D::Minus1)?;
-    &halves[0] * halves[1].gelu_erf()?
+    reference::geglu(x)
 }
 
 /// `x * sigmoid(x)`, element by element.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    x.silu()
+    reference::silu(x)
 }
 
 /// `x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP.
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    x * candle_nn::ops::sigmoid(&(x * 1.702)?)?
+    reference::quick_gelu(x)
 }
 
 /// Nearest-neighbour upsampling by two: `[b, h, w, c]` to `[b, 2h, 2w, c]`.
-///
-/// Written as broadcast and reshape: candle's `UpsampleNearest2D` has a slow and wrong backward.
 pub fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
-    let (b, h, w, c) = x.dims4()?;
-    x.reshape((b, h, 1, w, 1, c))?
-        .broadcast_as((b, h, 2, w, 2, c))?
-        .reshape((b, 2 * h, 2 * w, c))
+    reference::upsample_nearest_2x(x)
 }

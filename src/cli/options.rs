@@ -1,0 +1,80 @@
+//! Options that `serve` and `generate` share.
+
+use crate::{
+    api::parse_size,
+    config::{Config, DTypeChoice, Defaults, DeviceChoice, InvalidOption, ModelSource},
+    pipeline::request::Limits,
+    schedulers::SchedulerKind,
+};
+
+/// Which model, on what.
+#[derive(Debug, clap::Args)]
+pub(super) struct ModelOptions {
+    /// The model: `demo` (inside the binary) or a folder in diffusers layout
+    #[arg(
+        long,
+        env = "LORIKEET_MODEL",
+        default_value = "demo",
+        value_name = "demo|DIR"
+    )]
+    model: ModelSource,
+    /// Where to paint: auto, cpu, or cuda:N
+    #[arg(long, env = "LORIKEET_DEVICE", default_value_t = DeviceChoice::Auto)]
+    device: DeviceChoice,
+    /// Arithmetic of the models; auto is f32 on a CPU and f16 on a GPU
+    #[arg(long, env = "LORIKEET_DTYPE", value_enum, default_value_t = DTypeChoice::Auto)]
+    dtype: DTypeChoice,
+    /// CPU threads for painting [default: one per core]
+    #[arg(long, env = "LORIKEET_THREADS", value_name = "N")]
+    threads: Option<usize>,
+}
+
+impl ModelOptions {
+    /// Checks the options, and sizes the thread pool by them: call it once, before any painting.
+    pub(super) fn into_config(
+        self,
+        max_batch: usize,
+        queue: usize,
+        limits: Limits,
+        defaults: Defaults,
+    ) -> Result<Config, InvalidOption> {
+        let config = Config {
+            model: self.model,
+            device: self.device,
+            dtype: self.dtype,
+            threads: self.threads,
+            max_batch,
+            queue,
+            limits,
+            defaults,
+        }
+        .validate()?;
+        if let Some(threads) = config.threads {
+            // It fails only when the pool is running already, and then with its size.
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            if let Err(error) = pool.build_global() {
+                tracing::warn!(%error, "--threads has no effect");
+            }
+        }
+        Ok(config)
+    }
+}
+
+/// `512x384`.
+pub(super) fn size(text: &str) -> Result<(u32, u32), String> {
+    parse_size(text).ok_or_else(|| "must be WIDTHxHEIGHT in pixels, such as 512x512".into())
+}
+
+/// A scheduler by any of its names.
+pub(super) fn scheduler(name: &str) -> Result<SchedulerKind, String> {
+    name.parse()
+        .map_err(|error: <SchedulerKind as std::str::FromStr>::Err| error.to_string())
+}
+
+/// `2.5`, in seconds.
+pub(super) fn seconds(text: &str) -> Result<std::time::Duration, String> {
+    text.parse()
+        .ok()
+        .and_then(|seconds| std::time::Duration::try_from_secs_f64(seconds).ok())
+        .ok_or_else(|| "must be a number of seconds, such as 2.5".into())
+}

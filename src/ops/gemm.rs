@@ -1,0 +1,380 @@
+//! Matrix products with constant weights, packed once.
+//!
+//! Why not the `gemm` crate, which candle uses: it repacks the weights on every call (for few rows
+//! that costs more than the product), and it chooses blocks and kernels by the whole problem's
+//! shape, so that a row's rounding changes with the batch around it. Here blocks along k depend on
+//! k alone, and [`kernel`](super::kernel) keeps the order inside a block, so a row of the result is
+//! the same to the last bit in any batch and on any number of threads.
+
+use super::host::Out;
+use super::kernel::{self, COLS, Call, Kernel, Line};
+use super::parallel;
+
+/// The longest piece of a sum kept in registers: `320 * 64` bytes of a panel and 6 rows of 320
+/// numbers fill the 32 kB of a first-level cache, and Stable Diffusion's widths divide by it.
+const BLOCK: usize = 320;
+/// Rows of one task: their piece of a block stays in the second-level cache.
+const TILE: usize = 96;
+/// Panels whose results are kept in the second-level cache while the blocks are added up.
+const STRIP: usize = 32;
+/// Weights that a task may stream while other tasks use the same, in lines: 2 MB.
+const CHUNK_LINES: usize = 1 << 15;
+/// Below this many floating-point operations one thread is faster than two.
+const SERIAL: usize = 400_000;
+
+/// A weight `[out, taps * depth]` in panels of 16 outputs: `[panel][tap][depth][16]`, the last
+/// panel filled up with zeros; and its bias.
+#[derive(Clone)]
+pub(super) struct Packed {
+    pub outputs: usize,
+    pub taps: usize,
+    pub depth: usize,
+    lines: Vec<Line>,
+    bias: Option<Vec<f32>>,
+}
+
+impl std::fmt::Debug for Packed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Packed[{}, {}, {}]", self.outputs, self.taps, self.depth)
+    }
+}
+
+impl Packed {
+    /// Packs `weight`, `[outputs, depth, taps]` as convolutions are stored (a linear map has one
+    /// tap), and `bias`, `[outputs]`.
+    pub(super) fn new(
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        outputs: usize,
+        depth: usize,
+        taps: usize,
+    ) -> Self {
+        assert_eq!(weight.len(), outputs * depth * taps);
+        let panels = outputs.div_ceil(COLS);
+        let per_panel = taps * depth;
+        let mut lines = vec![Line::ZERO; panels * per_panel];
+        if per_panel > 0 {
+            for (p, panel) in lines.chunks_exact_mut(per_panel).enumerate() {
+                for lane in 0..COLS.min(outputs - p * COLS) {
+                    let row = &weight[(p * COLS + lane) * per_panel..][..per_panel];
+                    for (k, w) in row.chunks_exact(taps).enumerate() {
+                        for (tap, w) in w.iter().enumerate() {
+                            panel[tap * depth + k].0[lane] = *w;
+                        }
+                    }
+                }
+            }
+        }
+        let bias = bias.map(|b| {
+            let mut padded = vec![0.0; panels * COLS];
+            padded[..outputs].copy_from_slice(b);
+            padded
+        });
+        Self {
+            outputs,
+            taps,
+            depth,
+            lines,
+            bias,
+        }
+    }
+
+    /// The weight as it was given, `[outputs, depth, taps]`.
+    pub(super) fn unpack(&self) -> Vec<f32> {
+        let mut weight = Vec::with_capacity(self.outputs * self.depth * self.taps);
+        for o in 0..self.outputs {
+            let panel = self.panel(o / COLS);
+            for k in 0..self.depth {
+                weight.extend((0..self.taps).map(|tap| panel[tap * self.depth + k].0[o % COLS]));
+            }
+        }
+        weight
+    }
+
+    pub(super) fn panels(&self) -> usize {
+        self.outputs.div_ceil(COLS)
+    }
+
+    /// The lines of a panel, `[tap][depth]`.
+    pub(super) fn panel(&self, panel: usize) -> &[Line] {
+        let len = self.taps * self.depth;
+        &self.lines[panel * len..][..len]
+    }
+
+    /// A panel's 16 biases, or null.
+    pub(super) fn panel_bias(&self, panel: usize) -> *const f32 {
+        self.bias
+            .as_ref()
+            .map_or(std::ptr::null(), |b| b[panel * COLS..].as_ptr())
+    }
+
+    /// The outputs of a panel that are not padding.
+    pub(super) fn panel_outputs(&self, panel: usize) -> usize {
+        COLS.min(self.outputs - panel * COLS)
+    }
+}
+
+/// A piece of the sum over k that is kept in registers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Block {
+    tap: usize,
+    taps: usize,
+    offset: usize,
+    depth: usize,
+}
+
+/// `total` cut into the fewest equal pieces of at most `limit`, each a multiple of `unit` but the
+/// last.
+pub(super) fn even_pieces(total: usize, limit: usize, unit: usize) -> usize {
+    let pieces = total.div_ceil(limit).max(1);
+    total.div_ceil(pieces).next_multiple_of(unit)
+}
+
+/// The blocks of a sum over `taps * depth` numbers. They depend on nothing else.
+fn blocks(taps: usize, depth: usize) -> Vec<Block> {
+    if depth <= BLOCK {
+        let step = even_pieces(taps, (BLOCK / depth.max(1)).max(1), 1);
+        (0..taps)
+            .step_by(step)
+            .map(|tap| Block {
+                tap,
+                taps: step.min(taps - tap),
+                offset: 0,
+                depth,
+            })
+            .collect()
+    } else {
+        let step = even_pieces(depth, BLOCK, 8);
+        (0..taps)
+            .flat_map(|tap| {
+                (0..depth).step_by(step).map(move |offset| Block {
+                    tap,
+                    taps: 1,
+                    offset,
+                    depth: step.min(depth - offset),
+                })
+            })
+            .collect()
+    }
+}
+
+/// Where the rows of a product's left side lie.
+///
+/// # Safety
+/// Every pointer given must be valid for reading `depth` numbers as long as `self` is borrowed.
+pub(super) unsafe trait Rows: Sync {
+    /// Puts the pointer for `row`'s tap `t` at `table[t * stride]`.
+    fn point(&self, row: usize, stride: usize, table: &mut [*const f32]);
+}
+
+/// Consecutive rows of one matrix.
+pub(super) struct Matrix<'a> {
+    pub numbers: &'a [f32],
+    pub depth: usize,
+}
+
+// SAFETY: the slice is checked to hold the row.
+unsafe impl Rows for Matrix<'_> {
+    fn point(&self, row: usize, _: usize, table: &mut [*const f32]) {
+        table[0] = self.numbers[row * self.depth..][..self.depth].as_ptr();
+    }
+}
+
+/// How a product is cut into tasks: tiles of rows by chunks of panels.
+struct Cut {
+    tile: usize,
+    tiles: usize,
+    chunk: usize,
+    chunks: usize,
+}
+
+impl Cut {
+    fn new(kernel: &Kernel, weight: &Packed, rows: usize) -> Self {
+        let per_panel = weight.taps * weight.depth;
+        let panels = weight.panels();
+        let flops = 2 * rows * per_panel * weight.outputs;
+        let threads = parallel::threads();
+        let wanted = if flops < SERIAL || threads == 1 {
+            1
+        } else {
+            (4 * threads).min(flops.div_ceil(SERIAL / 2))
+        };
+        let tile = even_pieces(rows, TILE, kernel.rows);
+        let tiles = rows.div_ceil(tile);
+        let mut chunk = panels;
+        if tiles > 1 {
+            chunk = chunk.min((CHUNK_LINES / per_panel.max(1)).max(1));
+        }
+        let split = wanted
+            .div_ceil(tiles)
+            .max(panels.div_ceil(chunk))
+            .min(panels);
+        let chunk = panels.div_ceil(split);
+        Self {
+            tile,
+            tiles,
+            chunk,
+            chunks: panels.div_ceil(chunk),
+        }
+    }
+}
+
+/// `out[row, :] = bias + rows[row] · weight` for `rows` rows.
+///
+/// # Safety
+/// `out` has room for `rows * weight.outputs` numbers; all of them are written.
+pub(super) unsafe fn product(
+    kernel: &Kernel,
+    weight: &Packed,
+    rows: usize,
+    source: &impl Rows,
+    out: Out,
+) {
+    if rows == 0 || weight.outputs == 0 {
+        return;
+    }
+    let cut = Cut::new(kernel, weight, rows);
+    let blocks = blocks(weight.taps, weight.depth);
+    let task = |task: usize| {
+        // Neighbouring tasks share weights, so that two threads read them from memory once.
+        let (chunk, tile) = (task / cut.tiles, task % cut.tiles);
+        let first = tile * cut.tile;
+        let table = Table::new(
+            kernel,
+            weight.taps,
+            source,
+            first,
+            cut.tile.min(rows - first),
+        );
+        let end = weight.panels().min((chunk + 1) * cut.chunk);
+        for strip in (chunk * cut.chunk..end).step_by(STRIP) {
+            let strip = strip..end.min(strip + STRIP);
+            for block in &blocks {
+                for panel in strip.clone() {
+                    // SAFETY: row tiles and panels lie inside `out`, and tasks differ in one.
+                    unsafe {
+                        let out = out.ptr().add(first * weight.outputs + panel * COLS);
+                        multiply(kernel, weight, panel, block, &table, out);
+                    }
+                }
+            }
+        }
+    };
+    match cut.tiles * cut.chunks {
+        1 => task(0),
+        tasks => parallel::run(tasks, task),
+    }
+}
+
+/// The pointers of a row tile, `[group][tap][kernel.rows]`.
+struct Table {
+    pointers: Vec<*const f32>,
+    rows: usize,
+}
+
+impl Table {
+    fn new(kernel: &Kernel, taps: usize, source: &impl Rows, first: usize, rows: usize) -> Self {
+        let group = taps * kernel.rows;
+        let mut pointers = vec![std::ptr::null(); rows.div_ceil(kernel.rows) * group];
+        for row in 0..rows {
+            let at = row / kernel.rows * group + row % kernel.rows;
+            source.point(first + row, kernel.rows, &mut pointers[at..]);
+        }
+        Self { pointers, rows }
+    }
+}
+
+/// One block of one panel for all rows of a tile.
+///
+/// # Safety
+/// `out` points at the tile's first row and the panel's first column, in rows of `weight.outputs`.
+unsafe fn multiply(
+    kernel: &Kernel,
+    weight: &Packed,
+    panel: usize,
+    block: &Block,
+    table: &Table,
+    out: *mut f32,
+) {
+    let lines = &weight.panel(panel)[block.tap * weight.depth + block.offset..];
+    let group = weight.taps * kernel.rows;
+    for (g, pointers) in table.pointers.chunks_exact(group).enumerate() {
+        let first = g * kernel.rows;
+        let call = Call {
+            pointers: pointers[block.tap * kernel.rows..].as_ptr(),
+            stride: kernel.rows,
+            offset: block.offset,
+            taps: block.taps,
+            depth: block.depth,
+            panel: lines.as_ptr(),
+            bias: weight.panel_bias(panel),
+            // SAFETY: the caller's promise.
+            out: unsafe { out.add(first * weight.outputs) },
+            out_stride: weight.outputs,
+            rows: kernel.rows.min(table.rows - first),
+            cols: weight.panel_outputs(panel),
+            accumulate: block.tap + block.offset > 0,
+        };
+        // SAFETY: the table's pointers are good for `depth` numbers (`Rows`); the block lies inside
+        // the panel: either whole taps in a row, or a piece of one tap.
+        unsafe { kernel.run(&call) };
+    }
+}
+
+/// The kernel the operations use: the machine's best, or a test's choice.
+pub(super) fn current_kernel() -> Kernel {
+    #[cfg(test)]
+    if let Some(kernel) = CHOSEN.get() {
+        return kernel;
+    }
+    kernel::best()
+}
+
+#[cfg(test)]
+thread_local! {
+    static CHOSEN: std::cell::Cell<Option<Kernel>> = const { std::cell::Cell::new(None) };
+}
+
+/// Calls `f` with this kernel in use on this thread.
+#[cfg(test)]
+pub(super) fn with_kernel<R>(kernel: Kernel, f: impl FnOnce() -> R) -> R {
+    let before = CHOSEN.replace(Some(kernel));
+    let result = f();
+    CHOSEN.set(before);
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_cover_every_k_once_and_in_order() {
+        for (taps, depth) in [
+            (1, 1),
+            (1, 321),
+            (1, 5000),
+            (9, 3),
+            (9, 48),
+            (9, 320),
+            (25, 700),
+        ] {
+            let mut next = 0;
+            for b in blocks(taps, depth) {
+                assert!(b.taps == 1 || b.depth == depth);
+                assert_eq!(b.tap * depth + b.offset, next);
+                next += b.taps * b.depth;
+            }
+            assert_eq!(next, taps * depth);
+        }
+    }
+
+    #[test]
+    fn a_packed_weight_comes_back_unchanged() {
+        for (outputs, depth, taps) in [(1, 1, 1), (17, 3, 9), (48, 7, 1), (5, 2, 25)] {
+            let weight: Vec<f32> = (0..outputs * depth * taps).map(|i| i as f32).collect();
+            let packed = Packed::new(&weight, None, outputs, depth, taps);
+            assert_eq!(packed.unpack(), weight);
+        }
+    }
+}

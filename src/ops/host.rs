@@ -1,0 +1,68 @@
+//! The border between candle's tensors and slices of f32 in host memory.
+
+use candle_core::{DType, Result, Shape, Storage, Tensor, bail};
+
+/// Whether the kernels of this module may serve these tensors: f32 in host memory, and nobody
+/// wants a gradient.
+pub(super) fn is_plain<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    tensors
+        .into_iter()
+        .all(|t| t.dtype() == DType::F32 && t.device().is_cpu() && !t.track_op())
+}
+
+/// Calls `f` with the numbers of a plain tensor, copied only if they do not lie in order.
+pub(super) fn with_slice<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let t = t.contiguous()?;
+    let (storage, layout) = t.storage_and_layout();
+    let (Storage::Cpu(cpu), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+        bail!("a plain tensor is contiguous in host memory here")
+    };
+    f(&cpu.as_slice::<f32>()?[start..end])
+}
+
+/// A place that several tasks write to, each its own part.
+#[derive(Clone, Copy)]
+pub(super) struct Out(*mut f32);
+
+// SAFETY: only a pointer; every use of it is an `unsafe` call whose caller keeps parts apart.
+unsafe impl Sync for Out {}
+// SAFETY: as above.
+unsafe impl Send for Out {}
+
+impl Out {
+    pub(super) fn new(numbers: &mut [f32]) -> Self {
+        Self(numbers.as_mut_ptr())
+    }
+
+    pub(super) fn ptr(self) -> *mut f32 {
+        self.0
+    }
+
+    /// Numbers `start..start + len`.
+    ///
+    /// # Safety
+    /// They lie inside the place, hold values already (or are only written), and no other
+    /// reference to them is alive.
+    pub(super) unsafe fn part<'a>(self, start: usize, len: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+/// A new tensor whose numbers `write` produces.
+///
+/// # Safety
+/// `write` must write each of the `shape`'s numbers before it reads it, and return only then.
+pub(super) unsafe fn new_tensor(
+    like: &Tensor,
+    shape: impl Into<Shape>,
+    write: impl FnOnce(Out) -> Result<()>,
+) -> Result<Tensor> {
+    let shape = shape.into();
+    let len = shape.elem_count();
+    let mut data = Vec::<f32>::with_capacity(len);
+    write(Out(data.as_mut_ptr()))?;
+    // SAFETY: `write` has initialised `len` numbers, as the caller promises.
+    unsafe { data.set_len(len) };
+    Tensor::from_vec(data, shape, like.device())
+}
