@@ -1,8 +1,8 @@
 //! What the operator decides about the engine, validated once and then passed whole.
 
-use std::{fmt, path::PathBuf, str::FromStr};
-
 use crate::{
+    engine::{DeviceChoice, Precision},
+    models::ModelSource,
     pipeline::request::{Limits, ModelDefaults},
     schedulers::SchedulerKind,
 };
@@ -17,7 +17,7 @@ const MOST_SIDE: u32 = 8192;
 pub struct Config {
     pub model: ModelSource,
     pub device: DeviceChoice,
-    pub dtype: DTypeChoice,
+    pub dtype: Precision,
     /// CPU threads for painting; one per core when absent.
     pub threads: Option<usize>,
     /// Rows painted together in one step (guidance makes two of a picture).
@@ -26,34 +26,6 @@ pub struct Config {
     pub queue: usize,
     pub limits: Limits,
     pub defaults: Defaults,
-}
-
-/// Where the model comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ModelSource {
-    /// The one inside the binary.
-    Demo,
-    /// A folder in diffusers layout.
-    Folder(PathBuf),
-}
-
-/// The device to paint on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// The first GPU if the build and the machine have one, else the CPU.
-    Auto,
-    Cpu,
-    Cuda(usize),
-}
-
-/// The arithmetic of the models.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum DTypeChoice {
-    /// What suits the device: f32 on a CPU, f16 on a GPU.
-    Auto,
-    F32,
-    F16,
-    Bf16,
 }
 
 /// The operator's defaults for requests, in place of the model's own.
@@ -158,45 +130,6 @@ fn refuse(option: &'static str, message: String) -> InvalidOption {
     InvalidOption { option, message }
 }
 
-impl FromStr for ModelSource {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "" => Err("give `demo` or a folder".into()),
-            "demo" => Ok(Self::Demo),
-            folder => Ok(Self::Folder(folder.into())),
-        }
-    }
-}
-
-impl FromStr for DeviceChoice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "cpu" => Ok(Self::Cpu),
-            "cuda" => Ok(Self::Cuda(0)),
-            _ => text
-                .strip_prefix("cuda:")
-                .and_then(|index| index.parse().ok())
-                .map(Self::Cuda)
-                .ok_or_else(|| "must be auto, cpu or cuda:N, such as cuda:0".into()),
-        }
-    }
-}
-
-impl fmt::Display for DeviceChoice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Auto => f.write_str("auto"),
-            Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(index) => write!(f, "cuda:{index}"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,7 +138,7 @@ mod tests {
         Config {
             model: ModelSource::Demo,
             device: DeviceChoice::Auto,
-            dtype: DTypeChoice::Auto,
+            dtype: Precision::Auto,
             threads: None,
             max_batch: 8,
             queue: 64,
@@ -265,15 +198,5 @@ mod tests {
         defaults.size = Some((97, 64));
         let error = defaults.apply(&mut own.clone(), &limits).unwrap_err();
         assert_eq!(error.option, "default-size");
-    }
-
-    #[test]
-    fn devices_are_read_as_they_are_written() {
-        for device in [DeviceChoice::Auto, DeviceChoice::Cpu, DeviceChoice::Cuda(3)] {
-            assert_eq!(device.to_string().parse(), Ok(device));
-        }
-        for text in ["", "gpu", "cuda:", "cuda:-1", "CPU"] {
-            assert!(text.parse::<DeviceChoice>().is_err(), "{text}");
-        }
     }
 }

@@ -1,15 +1,35 @@
 //! The one place where the command line meets the engine.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
-use crate::{config::Config, engine::Painter};
+use crate::{
+    config::{Config, InvalidOption},
+    engine::{self, EngineConfig, OpenError, Painter},
+};
 
 /// Why the engine did not open.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot open the model: {0}")]
-pub struct BootError(pub String);
+pub enum BootError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Option(#[from] InvalidOption),
+    #[error("no thread for the device worker: {0}")]
+    Thread(#[from] io::Error),
+}
 
 /// Loads the model and starts the device thread. Slow: run it on a blocking thread.
-pub fn open_engine(_config: &Config) -> Result<Arc<dyn Painter>, BootError> {
-    Err(BootError("not built yet".into()))
+pub fn open_engine(config: &Config) -> Result<Arc<dyn Painter>, BootError> {
+    let limits = config.limits.clone();
+    let mut opened = engine::open(&config.model, config.device, config.dtype, limits)?;
+    config
+        .defaults
+        .apply(&mut opened.info.defaults, &config.limits)?;
+    let engine = opened.start(EngineConfig {
+        queue: config.queue,
+        max_rows: config.max_batch,
+        // Twice what fits a forward: pictures of another size need not wait for a free place.
+        max_running: config.max_batch,
+    })?;
+    Ok(Arc::new(engine))
 }

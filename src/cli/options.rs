@@ -2,7 +2,9 @@
 
 use crate::{
     api::parse_size,
-    config::{Config, DTypeChoice, Defaults, DeviceChoice, InvalidOption, ModelSource},
+    config::{Config, Defaults, InvalidOption},
+    engine::{DeviceChoice, Precision},
+    models::ModelSource,
     pipeline::request::Limits,
     schedulers::SchedulerKind,
 };
@@ -19,11 +21,11 @@ pub(super) struct ModelOptions {
     )]
     model: ModelSource,
     /// Where to paint: auto, cpu, or cuda:N
-    #[arg(long, env = "LORIKEET_DEVICE", default_value_t = DeviceChoice::Auto)]
+    #[arg(long, env = "LORIKEET_DEVICE", default_value_t = DeviceChoice::Auto, value_name = "auto|cpu|cuda:N")]
     device: DeviceChoice,
     /// Arithmetic of the models; auto is f32 on a CPU and f16 on a GPU
-    #[arg(long, env = "LORIKEET_DTYPE", value_enum, default_value_t = DTypeChoice::Auto)]
-    dtype: DTypeChoice,
+    #[arg(long, env = "LORIKEET_DTYPE", default_value_t = Precision::Auto, value_name = "auto|f32|f16|bf16")]
+    dtype: Precision,
     /// CPU threads for painting [default: one per core]
     #[arg(long, env = "LORIKEET_THREADS", value_name = "N")]
     threads: Option<usize>,

@@ -21,5 +21,5 @@ mod tests;
 pub use backend::{Backend, BackendError, LatentShape, View};
 pub use engine::{Engine, EngineConfig};
 pub use job::{Health, Job, JobError, Picture, Progress, SubmitError};
-pub use open::{DeviceChoice, OpenError, OpenOptions, Precision, open};
+pub use open::{DeviceChoice, OpenError, Opened, Precision, open};
 pub use painter::{Drained, EngineStats, ModelInfo, Painter};

@@ -37,14 +37,21 @@ pub enum Precision {
     Bf16,
 }
 
-/// Everything [`open`] needs.
-#[derive(Debug, Clone)]
-pub struct OpenOptions {
-    pub source: ModelSource,
-    pub device: DeviceChoice,
-    pub precision: Precision,
-    pub limits: Limits,
-    pub engine: EngineConfig,
+/// A model that is loaded and has been tried, before the engine runs on it.
+pub struct Opened {
+    pipeline: Pipeline,
+    /// What clients will be told; the operator's defaults may be put over the model's.
+    pub info: ModelInfo,
+}
+
+impl Opened {
+    /// Starts the engine.
+    ///
+    /// # Errors
+    /// When the system grants no thread.
+    pub fn start(self, config: EngineConfig) -> io::Result<Engine> {
+        Engine::start(self.pipeline, self.info, config)
+    }
 }
 
 /// Why no engine could be started.
@@ -60,37 +67,36 @@ pub enum OpenError {
     Scheduler(#[from] SchedulerError),
     #[error("the model does not run on this device: {0}")]
     Probe(PipelineError),
-    #[error("no thread for the device worker: {0}")]
-    Thread(#[from] io::Error),
 }
 
-/// Loads the model, tries it once and starts the engine. Takes seconds for a large model.
-pub fn open(options: OpenOptions) -> Result<Engine, OpenError> {
-    let device = pick_device(options.device)?;
-    let dtype = pick_dtype(options.precision, &device)?;
-    let model = Model::load(&options.source, &device, dtype)?;
+/// Loads the model and tries it once. Takes seconds for a large model.
+pub fn open(
+    source: &ModelSource,
+    device: DeviceChoice,
+    precision: Precision,
+    limits: Limits,
+) -> Result<Opened, OpenError> {
+    let device = pick_device(device)?;
+    let dtype = pick_dtype(precision, &device)?;
+    let model = Model::load(source, &device, dtype)?;
     let (name, hash) = (model.name.clone(), model.hash.clone());
-    let description = format!(
-        "{}, {}",
-        match device.is_cpu() {
-            true => "cpu",
-            false => "cuda",
-        },
-        dtype.as_str()
-    );
+    let kind = match device.is_cpu() {
+        true => "cpu",
+        false => "cuda",
+    };
     let pipeline = Pipeline::new(model, device)?;
     pipeline.probe().map_err(OpenError::Probe)?;
     let info = ModelInfo {
         name,
         hash,
         defaults: pipeline.defaults(),
-        limits: options.limits,
+        limits,
         created: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_secs()),
-        device: description,
+        device: format!("{kind}, {}", dtype.as_str()),
     };
-    Ok(Engine::start(pipeline, info, options.engine)?)
+    Ok(Opened { pipeline, info })
 }
 
 fn pick_device(choice: DeviceChoice) -> Result<Device, OpenError> {

@@ -1,6 +1,6 @@
 //! A whole model: its parts, loaded from one folder.
 
-use std::{cell::RefCell, path::PathBuf};
+use std::{cell::RefCell, path::PathBuf, str::FromStr};
 
 use candle_core::{DType, Device};
 use serde_json::Value;
@@ -28,6 +28,18 @@ pub enum ModelSource {
     Demo,
     /// A folder in diffusers' layout.
     Folder(PathBuf),
+}
+
+impl FromStr for ModelSource {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "" => Err("give `demo` or a folder".into()),
+            "demo" => Ok(Self::Demo),
+            folder => Ok(Self::Folder(folder.into())),
+        }
+    }
 }
 
 /// A Stable Diffusion model on one device.
