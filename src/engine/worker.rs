@@ -18,10 +18,13 @@ use super::{
     batcher::{self, Candidate},
     engine::Shared,
 };
+use crate::ops;
 
 /// How long an idle worker sleeps before it looks around by itself: a wake-up may be missed
 /// between its look at the queue and its wait, but never for longer than this.
 const IDLE_LOOK: Duration = Duration::from_millis(100);
+/// Looks of an idle worker, two seconds of them, after which no picture is expected at once.
+const LOOKS_BEFORE_REST: u32 = 20;
 
 /// A request whose pictures are being painted.
 struct Active {
@@ -65,6 +68,8 @@ pub(super) struct Worker<B: Backend> {
     next_job: u64,
     /// When the worker last finished a picture or began to work after idling.
     since: Option<Instant>,
+    /// Looks at an empty queue since the last step.
+    idle_looks: u32,
 }
 
 /// Turns a panic into an error: nothing unwinds out of a backend call.
@@ -91,6 +96,7 @@ impl<B: Backend> Worker<B> {
             turn: 0,
             next_job: 0,
             since: None,
+            idle_looks: 0,
         }
     }
 
@@ -108,13 +114,24 @@ impl<B: Backend> Worker<B> {
                     break;
                 }
                 self.shared.admission.wait(IDLE_LOOK);
+                self.rest();
                 continue;
             }
+            self.idle_looks = 0;
             self.since.get_or_insert_with(Instant::now);
             self.step();
         }
         for job in &mut self.jobs {
             job.settle(Err(JobError::Failed("the device is out of order".into())));
+        }
+    }
+
+    /// Called after each look of an idle worker: once the idling has lasted, memory kept for the next
+    /// picture goes back to the system.
+    fn rest(&mut self) {
+        self.idle_looks = self.idle_looks.saturating_add(1);
+        if self.idle_looks == LOOKS_BEFORE_REST {
+            ops::give_back_freed();
         }
     }
 
