@@ -65,13 +65,52 @@ pub(super) fn read_header(blob: &Blob) -> Result<BTreeMap<String, Entry>, LoadEr
     let header = blob.read_at(8, header_len as usize)?;
     let raw: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&header).map_err(|e| bad(format!("the header is not JSON: {e}")))?;
-    raw.into_iter()
+    let entries = raw
+        .into_iter()
         .filter(|(name, _)| name != "__metadata__")
         .map(|(name, value)| {
             let entry = check_entry(blob, data_start, &name, value)?;
             Ok((name, entry))
         })
-        .collect()
+        .collect::<Result<BTreeMap<_, _>, LoadError>>()?;
+    check_layout(blob, data_start, &entries)?;
+    Ok(entries)
+}
+
+/// The tensors must follow one another to the end of the file, as the format demands: bytes that
+/// belong to two tensors, or to none, mean that the header is not this file's.
+fn check_layout(
+    blob: &Blob,
+    data_start: u64,
+    entries: &BTreeMap<String, Entry>,
+) -> Result<(), LoadError> {
+    let mut in_order: Vec<(&String, &Entry)> = entries.iter().collect();
+    // By the end too: an empty tensor stands before the one that starts where it does.
+    in_order.sort_by_key(|(_, entry)| (entry.start, entry.len));
+    let mut end = data_start;
+    for (name, entry) in in_order {
+        if entry.start != end {
+            return Err(LoadError::Tensor {
+                file: blob.label.clone(),
+                tensor: name.clone(),
+                reason: format!(
+                    "starts at byte {} of the file; the tensor before it ends at {end}",
+                    entry.start
+                ),
+            });
+        }
+        end += entry.len as u64;
+    }
+    if end != blob.len {
+        return Err(LoadError::Header {
+            file: blob.label.clone(),
+            reason: format!(
+                "the last tensor ends at byte {end}, the file at {}",
+                blob.len
+            ),
+        });
+    }
+    Ok(())
 }
 
 fn check_entry(

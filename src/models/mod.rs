@@ -19,6 +19,8 @@ mod vae;
 mod weights;
 
 #[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
 mod golden_tests;
 
 pub use clip::ClipTextModel;

@@ -53,8 +53,9 @@ pub struct Model {
     pub text_encoder: ClipTextModel,
     pub unet: UNet2DConditionModel,
     pub vae: AutoencoderKl,
-    /// `scheduler/scheduler_config.json` as it is.
-    pub scheduler_config: Value,
+    /// The text of `scheduler/scheduler_config.json`, which may hold an `Infinity` as Python writes
+    /// it and JSON does not.
+    pub scheduler_config: String,
     /// What the folder's `lorikeet.json` suggests, if there is one.
     pub defaults: SuggestedDefaults,
     sites: Vec<Site>,
@@ -92,7 +93,7 @@ impl Model {
     pub fn load(source: &ModelSource, device: &Device, dtype: DType) -> Result<Self, LoadError> {
         let files = Files::open(source)?;
         check_index(&Config::read(&files, "model_index.json")?)?;
-        let scheduler_config = files.json("scheduler/scheduler_config.json")?;
+        let scheduler_config = files.text("scheduler/scheduler_config.json")?;
 
         let text_file = Config::read(&files, "text_encoder/config.json")?;
         let text_config = ClipTextConfig::read(&text_file)?;

@@ -118,6 +118,13 @@ impl Files {
         blob.read_at(0, blob.len as usize)
     }
 
+    pub fn text(&self, path: &str) -> Result<String, LoadError> {
+        String::from_utf8(self.read(path)?.into_owned()).map_err(|error| LoadError::Io {
+            file: self.label(path),
+            source: std::io::Error::new(std::io::ErrorKind::InvalidData, error),
+        })
+    }
+
     pub fn json(&self, path: &str) -> Result<Value, LoadError> {
         let bytes = self.read(path)?;
         serde_json::from_slice(&bytes).map_err(|source| LoadError::Json {

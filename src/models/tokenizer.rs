@@ -1,6 +1,9 @@
 //! CLIP's byte-level BPE tokenizer, from `tokenizer.json` or `vocab.json` and `merges.txt`.
 
+use std::collections::HashSet;
+
 use serde_json::{Value, json};
+use tokenizers::AddedToken;
 
 use super::{LoadError, config::Config, source::Files};
 
@@ -37,30 +40,13 @@ impl Tokenizer {
     /// Reads the folder `part`; sequences are at most `max_positions` long, whatever the config
     /// says, because the text encoder has no more positions.
     pub(super) fn load(files: &Files, part: &str, max_positions: usize) -> Result<Self, LoadError> {
-        let read = |name: &str| {
-            let path = format!("{part}/{name}");
-            files
-                .exists(&path)
-                .then(|| Config::read(files, &path))
-                .transpose()
-        };
-        let configs: Vec<Config> = [
-            read("tokenizer_config.json")?,
-            read("special_tokens_map.json")?,
-        ]
-        .into_iter()
-        .flatten()
-        .collect();
-        let special = |key: &str, default: &str| {
-            configs
-                .iter()
-                .find_map(|config| config.get(key).and_then(token_text))
-                .unwrap_or(default)
-                .to_owned()
-        };
-        let (bos, eos, pad) = (
+        let configs = read_configs(files, part)?;
+        let special =
+            |key: &str, default: &str| named_token(&configs, key).unwrap_or_else(|| plain(default));
+        let (bos, eos, unknown, pad) = (
             special("bos_token", BOS),
             special("eos_token", EOS),
+            special("unk_token", EOS),
             special("pad_token", EOS),
         );
         let path = format!("{part}/tokenizer.json");
@@ -69,7 +55,7 @@ impl Tokenizer {
             (path, json)
         } else {
             let path = format!("{part}/vocab.json");
-            let json = from_vocab_and_merges(files, part, [&bos, &eos])?;
+            let json = from_vocab_and_merges(files, part, &unknown.content)?;
             (path, json.to_string().into_bytes())
         };
         let fault = |reason: String| LoadError::Tokenizer {
@@ -83,12 +69,16 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|e| fault(e.to_string()))?;
         inner.with_padding(None);
-        let id = |token: &str| {
+        let id = |token: &AddedToken| {
+            let token = &token.content;
             inner
                 .token_to_id(token)
                 .ok_or_else(|| fault(format!("the special token `{token}` is not in it")))
         };
-        let (bos, eos, pad) = (id(&bos)?, id(&eos)?, id(&pad)?);
+        let ids = [id(&bos)?, id(&eos)?, id(&pad)?];
+        let whole = matched_whole(&configs, [bos, eos, unknown, pad], &inner);
+        inner.add_tokens(whole).map_err(|e| fault(e.to_string()))?;
+        let [bos, eos, pad] = ids;
         // Absent or a huge number where nobody set it.
         let stated = configs
             .iter()
@@ -113,7 +103,10 @@ impl Tokenizer {
 
     /// The ids of a text, without start and end tokens and without truncation.
     ///
-    /// A special token that is spelt out in the text becomes its id, as in transformers.
+    /// A special token that is spelt out in the text becomes its id, as in transformers. So with the
+    /// pad token `!` of SD 2.x every exclamation mark is padding, where OpenCLIP, which trained the
+    /// encoder, sees a word (<https://github.com/huggingface/diffusers/issues/4153>); whoever compares
+    /// pictures compares with diffusers.
     ///
     /// # Errors
     /// A text beyond 256 KiB.
@@ -160,19 +153,78 @@ impl Tokenizer {
     }
 }
 
-/// A special token is written as its text or as an object with `content`.
-fn token_text(value: &Value) -> Option<&str> {
-    value
-        .as_str()
-        .or_else(|| value.get("content").and_then(Value::as_str))
+/// The config files of a tokenizer, the one that has the last word first.
+///
+/// SD 2.x names another pad token in each. transformers lets `special_tokens_map.json` win, but does
+/// not read it once `tokenizer_config.json` has an `added_tokens_decoder`, as newer folders do.
+fn read_configs(files: &Files, part: &str) -> Result<Vec<Config>, LoadError> {
+    let read = |name: &str| {
+        let path = format!("{part}/{name}");
+        files
+            .exists(&path)
+            .then(|| Config::read(files, &path))
+            .transpose()
+    };
+    let config = read("tokenizer_config.json")?;
+    let newer = config
+        .as_ref()
+        .is_some_and(|config| config.has("added_tokens_decoder"));
+    let map = match newer {
+        true => None,
+        false => read("special_tokens_map.json")?,
+    };
+    Ok([map, config].into_iter().flatten().collect())
+}
+
+fn named_token(configs: &[Config], key: &str) -> Option<AddedToken> {
+    configs
+        .iter()
+        .find_map(|config| config.get(key).and_then(read_token))
+}
+
+/// A special token is written as its text, or as an object that also says how it is matched.
+fn read_token(value: &Value) -> Option<AddedToken> {
+    if let Some(text) = value.as_str() {
+        return Some(plain(text));
+    }
+    let flag = |key: &str| value.get(key).and_then(Value::as_bool).unwrap_or(false);
+    let token = plain(value.get("content")?.as_str()?)
+        .single_word(flag("single_word"))
+        .lstrip(flag("lstrip"))
+        .rstrip(flag("rstrip"))
+        .normalized(flag("normalized"));
+    Some(token)
+}
+
+fn plain(text: &str) -> AddedToken {
+    AddedToken::from(text, true)
+}
+
+/// The tokens that transformers matches in a text before it cuts words, and `tokenizer` does not
+/// yet: those of `added_tokens_decoder`, and all named ones, the pad token too.
+fn matched_whole(
+    configs: &[Config],
+    named: [AddedToken; 4],
+    tokenizer: &tokenizers::Tokenizer,
+) -> Vec<AddedToken> {
+    let listed: Vec<AddedToken> = configs
+        .iter()
+        .filter_map(|config| config.get("added_tokens_decoder")?.as_object())
+        .flat_map(|tokens| tokens.values().filter_map(read_token))
+        .collect();
+    let known: HashSet<String> = tokenizer
+        .get_added_tokens_decoder()
+        .into_values()
+        .chain(listed.iter().cloned())
+        .map(|token| token.content)
+        .collect();
+    // Of two that read alike the later one decides how it is matched, there as here.
+    let named = named.into_iter().filter(|t| !known.contains(&t.content));
+    listed.into_iter().chain(named).collect()
 }
 
 /// The `tokenizer.json` that transformers builds for CLIP from the two older files.
-fn from_vocab_and_merges(
-    files: &Files,
-    part: &str,
-    special: [&str; 2],
-) -> Result<Value, LoadError> {
+fn from_vocab_and_merges(files: &Files, part: &str, unknown: &str) -> Result<Value, LoadError> {
     let vocab_path = format!("{part}/vocab.json");
     if !files.exists(&vocab_path) {
         return Err(LoadError::MissingFile {
@@ -200,24 +252,9 @@ fn from_vocab_and_merges(
             })
         })
         .collect::<Result<Vec<_>, _>>()?;
-    let added = special
-        .iter()
-        .map(|token| {
-            let id = vocab.get(*token).and_then(Value::as_u64).ok_or_else(|| {
-                fault(
-                    &vocab_path,
-                    format!("the special token `{token}` is not in it"),
-                )
-            })?;
-            Ok(json!({
-                "id": id, "content": token, "single_word": false, "lstrip": false,
-                "rstrip": false, "normalized": false, "special": true,
-            }))
-        })
-        .collect::<Result<Vec<_>, LoadError>>()?;
     Ok(json!({
         "version": "1.0",
-        "added_tokens": added,
+        "added_tokens": [],
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "NFC"},
             {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "},
@@ -230,7 +267,7 @@ fn from_vocab_and_merges(
         "post_processor": null,
         "decoder": null,
         "model": {
-            "type": "BPE", "dropout": null, "unk_token": special[1],
+            "type": "BPE", "dropout": null, "unk_token": unknown,
             "continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "fuse_unk": false,
             "byte_fallback": false, "ignore_merges": false, "vocab": vocab, "merges": merges,
         },

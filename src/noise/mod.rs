@@ -11,6 +11,8 @@
 //! `generator=[torch.Generator("cpu").manual_seed(s + i) for i in range(n)]`. Every picture can so
 //! be painted again alone, and does not depend on how many were asked for.
 
+#[cfg(test)]
+mod golden_tests;
 mod math;
 mod mt19937;
 

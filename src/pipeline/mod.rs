@@ -67,7 +67,7 @@ impl Pipeline {
     /// A scheduler_config.json that no sampler can follow.
     pub fn new(model: Model, device: Device) -> Result<Self, SchedulerError> {
         let schedulers =
-            SchedulerConfig::from_json(&model.scheduler_config.to_string())?.for_stable_diffusion();
+            SchedulerConfig::from_json(&model.scheduler_config)?.for_stable_diffusion();
         Ok(Self {
             model,
             schedulers,

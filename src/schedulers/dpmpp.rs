@@ -215,11 +215,13 @@ impl Method for DpmPlusPlus {
         let x0 = self.denoised(index, output, sample);
         self.history.truncate(self.order - 1);
         self.history.insert(0, x0);
-        let order = self.order_at(index);
 
         let level = |i: usize| Level::from_sigma(self.sigmas[i]);
         let (from, to) = (level(index), level(index + 1));
         let h = lambda(to) - lambda(from);
+        // The smallest of Karras' sigmas may be the final one too: a step of no length, where higher
+        // orders (and diffusers) divide 0 by 0.
+        let order = if h == 0.0 { 1 } else { self.order_at(index) };
         let factors = Factors::new(from, to, h, self.sde, self.solver, order);
 
         let m = &self.history;

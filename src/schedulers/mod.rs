@@ -29,6 +29,8 @@ mod ddim;
 mod ddpm;
 mod dpmpp;
 mod euler;
+#[cfg(test)]
+mod golden_tests;
 mod heun;
 mod kind;
 mod lcm;

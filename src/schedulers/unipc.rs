@@ -72,13 +72,23 @@ impl UniPc {
         };
         let sigmas = sigmas.into_iter().chain([last]).map(|s| s as f32).collect();
         let order = solver_order(config)?;
+        let lower_order_final = config.lower_order_final.unwrap_or(true);
+        if !lower_order_final && order > 1 && last == 0.0 {
+            return Err(SchedulerError::Config {
+                field: "lower_order_final",
+                value: "false".into(),
+                fix: "UniPC's last step to a sigma of zero can only be of first order; set it to \
+                      true, or `final_sigmas_type` to \"sigma_min\""
+                    .into(),
+            });
+        }
         Ok(Self {
             timesteps: timesteps.into_iter().map(|t| t as f32).collect(),
             sigmas,
             prediction: schedule.prediction,
             order,
             variant,
-            lower_order_final: config.lower_order_final.unwrap_or(true),
+            lower_order_final,
             uncorrected: config.disable_corrector.clone().unwrap_or_default(),
             history: Vec::with_capacity(order),
             last: None,
@@ -249,7 +259,10 @@ impl Method for UniPc {
         self.history.truncate(self.order - 1);
         self.history.insert(0, x0);
 
-        let most = if self.lower_order_final {
+        let most = if self.sigmas[index] == self.sigmas[index + 1] {
+            // A step of no length, as in DPM++.
+            1
+        } else if self.lower_order_final {
             self.order.min(self.timesteps.len() - index)
         } else {
             self.order

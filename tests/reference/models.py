@@ -9,12 +9,13 @@ another of the forms that real folders come in, and a `golden.safetensors` with 
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,7 @@ TEXTS = [
     "<lora:name:0.8>, trigger",
     "!!!???...---___***",
     "a!b?c.d-e_f*g",
+    "Stop! now!! wow!",
     "$100 €50 £20 ¥10 50% #1 @home a&b c=d e+f",
     "non\u00a0breaking\u2003em\u3000ideographic",
     "zero\u200bwidth\u200djoiner\ufeffbom",
@@ -94,30 +96,62 @@ def round_to(module, dtype):
         p.data = p.data.to(dtype).float()
 
 
+def train_merges(count):
+    """Byte-pair merges for CLIP's words of TEXTS. (The trainer of `tokenizers` breaks ties another way each time.)"""
+    backend = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[]).backend_tokenizer
+    pieces = Counter()
+    for text in TEXTS:
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
+            pieces[(*word[:-1], word[-1] + "</w>")] += 1
+    merges = []
+    while len(merges) < count:
+        pairs = Counter()
+        for word, times in pieces.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += times
+        merge = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(merge)
+        merged = Counter()
+        for word, times in pieces.items():
+            out = []
+            for symbol in word:
+                if out and (out[-1], symbol) == merge:
+                    out[-1] += symbol
+                else:
+                    out.append(symbol)
+            merged[tuple(out)] += times
+        pieces = merged
+    return merges
+
+
 def tiny_tokenizer(path, pad, files):
-    """A byte-level BPE with a few merges, written in the older or the newer form."""
+    """A byte-level BPE with a few merges, written in one of three forms.
+
+    `plain`: the older two files, special tokens as strings. `sd2`: the same, but as Stable Diffusion 2 has them, with
+    objects, and a pad token that tokenizer_config.json and special_tokens_map.json disagree about. `json`: tokenizer.json.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=640, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([t.lower() for t in TEXTS], trainer)
-    state = json.loads(bpe.to_str())["model"]
-    merges = [tuple(m) for m in state["merges"]]
+    merges = train_merges(300)
     vocab = {}
     for token in alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges] + [BOS, EOS]:
         vocab.setdefault(token, len(vocab))
     path.mkdir(parents=True)
-    if files == "old":
-        (path / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
-        lines = "".join(f"{a} {b}\n" for a, b in merges)
-        (path / "merges.txt").write_text("#version: 0.2\n" + lines)
-        config = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
-        config |= {"bos_token": BOS, "eos_token": EOS, "pad_token": pad, "unk_token": EOS}
-        (path / "tokenizer_config.json").write_text(json.dumps(config))
-    else:
+    if files == "json":
         CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=77).save_pretrained(path)
+        return CLIPTokenizer.from_pretrained(path), len(vocab)
+    (path / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    lines = "".join(f"{a} {b}\n" for a, b in merges)
+    (path / "merges.txt").write_text("#version: 0.2\n" + lines)
+    config = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
+    if files == "sd2":
+        flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        special = {key: {"content": token} | flags for key, token in special.items()}
+        config |= {key: {"__type": "AddedToken"} | token for key, token in special.items()} | {"pad_token": EOS}
+        (path / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": pad}))
+    else:
+        config |= special | {"pad_token": pad}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
     return CLIPTokenizer.from_pretrained(path), len(vocab)
 
 
@@ -251,7 +285,7 @@ def two_levels():
     path = tiny(
         "two-levels",
         1,
-        tokenizer="old",
+        tokenizer="plain",
         pad="!",
         dtype=torch.float32,
         text=dict(hidden_size=10, intermediate_size=22, num_hidden_layers=2, num_attention_heads=2,
@@ -276,12 +310,12 @@ def two_levels():
 
 
 def three_levels():
-    """Three layers, three latent channels, no quantisation convolutions; fp16 variant files."""
+    """Three layers, three latent channels, no quantisation convolutions; fp16 variant files; tokenizer as SD 2's."""
     path = tiny(
         "three-levels",
         2,
-        tokenizer="new",
-        pad=EOS,
+        tokenizer="sd2",
+        pad="!",
         dtype=torch.float16,
         text=dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
                   max_position_embeddings=77, hidden_act="gelu"),
@@ -308,7 +342,7 @@ def four_levels():
     path = tiny(
         "four-levels",
         3,
-        tokenizer="new",
+        tokenizer="json",
         pad="!",
         dtype=torch.bfloat16,
         text=dict(hidden_size=12, intermediate_size=18, num_hidden_layers=4, num_attention_heads=1,
