@@ -29,6 +29,7 @@ pub use attention::attention;
 pub use conv::Conv2d;
 pub use linear::Linear;
 pub use norm::{group_norm, layer_norm};
+pub use parallel::set_threads;
 
 use candle_core::{Result, Tensor};
 
