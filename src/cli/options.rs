@@ -24,7 +24,7 @@ pub(super) struct ModelOptions {
     /// Where to paint: auto, cpu, or cuda:N
     #[arg(long, env = "LORIKEET_DEVICE", default_value_t = DeviceChoice::Auto, value_name = "auto|cpu|cuda:N")]
     device: DeviceChoice,
-    /// Arithmetic of the models; auto is f32 on a CPU and f16 on a GPU
+    /// Arithmetic of the models; auto is f32 on a CPU, which knows no other, and f16 on a GPU
     #[arg(long, env = "LORIKEET_DTYPE", default_value_t = Precision::Auto, value_name = "auto|f32|f16|bf16")]
     dtype: Precision,
     /// CPU threads for painting [default: one per core]

@@ -69,6 +69,26 @@ fn random(rng: &mut StdRng, scheduler: SchedulerKind) -> ImageRequest {
     }
 }
 
+/// Enough to find a request again, without its pixels.
+fn name(request: &ImageRequest) -> String {
+    let ImageRequest {
+        width,
+        height,
+        steps,
+        seed,
+        scheduler,
+        ..
+    } = request;
+    let from = request
+        .init
+        .as_ref()
+        .map(|init| (init.strength, init.mask.is_some()));
+    format!(
+        "{scheduler} {width}x{height}, {steps} steps, seed {seed}, from {from:?}: {:?}",
+        request.prompt
+    )
+}
+
 /// Requests in random order, each with whether its client leaves early; every scheduler stays once.
 fn mixture(rng: &mut StdRng) -> Vec<(ImageRequest, bool)> {
     let mut requests: Vec<_> = SchedulerKind::all()
@@ -196,8 +216,8 @@ fn check(
             let (request, index) = (row.request, row.index);
             assert!(
                 outcome(mixed, row.painting) == expected[request][index],
-                "picture {index} of {:?}",
-                requests[request].0
+                "picture {index} of {}",
+                name(&requests[request].0)
             );
             compared += 1;
         }
@@ -212,7 +232,7 @@ fn check(
 fn a_row_does_not_depend_on_its_neighbours() {
     let (mut mixed, mut single) = (demo(), demo());
     let mut seen = Seen::default();
-    for seed in 0..3 {
+    for seed in 0..2 {
         let mut rng = StdRng::seed_from_u64(seed);
         let requests = mixture(&mut rng);
         let compared = check(&mut mixed, &mut single, &mut rng, &requests, &mut seen);
@@ -279,6 +299,10 @@ async fn the_engine_paints_in_company_what_it_paints_alone() {
             .iter()
             .zip(&expected)
             .all(|(picture, (_, image))| picture.image == *image);
-        assert!(same && pictures.len() == expected.len(), "{request:?}");
+        assert!(
+            same && pictures.len() == expected.len(),
+            "{}",
+            name(request)
+        );
     }
 }
