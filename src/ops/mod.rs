@@ -33,4 +33,5 @@ pub use conv::Conv2d;
 pub use linear::Linear;
 pub use memory::{give_back_freed, keep_freed};
 pub use norm::{group_norm, layer_norm};
+pub use parallel::set_threads;
 pub use pointwise::{concat_channels, geglu, gelu, quick_gelu, silu};
