@@ -42,6 +42,8 @@ pub(super) async fn openapi_json() -> impl IntoResponse {
 pub(super) fn swagger_ui() -> SwaggerUi {
     let config = Config::from("/openapi.json")
         .try_it_out_enabled(true)
+        // By default the page shows the document to a validator on the web.
+        .validator_url("none")
         .default_models_expand_depth(0);
     SwaggerUi::new("/docs").config(config)
 }

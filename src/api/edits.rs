@@ -1,5 +1,7 @@
 //! `POST /v1/images/edits`: a picture, perhaps a mask, and a prompt.
 
+use std::borrow::Cow;
+
 use axum::{
     body::Body,
     extract::{
@@ -152,7 +154,7 @@ fn no_image() -> ApiError {
     ApiError::field("image", "is missing; send a PNG, JPEG or WebP")
 }
 
-fn several(field: &'static str) -> ApiError {
+fn several(field: impl Into<Cow<'static, str>>) -> ApiError {
     ApiError::field(field, "was sent more than once; one per request")
 }
 
@@ -189,7 +191,9 @@ async fn read_form(parts: Parts, bytes: Vec<u8>) -> Result<Sent, ApiError> {
                 let Ok(text) = String::from_utf8(value.to_vec()) else {
                     return Err(ApiError::field(clip(&name), "must be text in UTF-8"));
                 };
-                map.insert(name, Value::String(text));
+                if map.insert(name.clone(), Value::String(text)).is_some() {
+                    return Err(several(clip(&name)));
+                }
             }
         }
     }

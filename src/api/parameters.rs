@@ -151,8 +151,14 @@ impl ImageParameters {
         if more > 0 {
             warnings.push(format!("{more} more unknown fields are ignored"));
         }
-        if self.background.as_deref() == Some("transparent") {
+        if !matches!(
+            self.background.as_deref(),
+            None | Some("" | "auto" | "opaque")
+        ) {
             warnings.push("`background`: pictures have no transparency".into());
+        }
+        if !self.stream && self.partial_images.is_some_and(|count| count > 0) {
+            warnings.push("`partial_images`: only a stream shows them; send `stream` too".into());
         }
         let lossy = self.output_format == OutputFormat::Jpeg;
         if !lossy && self.output_compression.is_some_and(|level| level < 100) {
