@@ -233,12 +233,12 @@ impl Layer {
             self.v.forward(&h)?,
         );
         let h = ops::attention(&q, &k, &v, self.heads, true)?;
-        let x = (x + self.out.forward(&h)?)?;
+        let x = self.out.forward_add(&h, x)?;
         let h = self.fc1.forward(&self.norm2.forward(&x)?)?;
         let h = match self.activation {
             Activation::QuickGelu => ops::quick_gelu(&h)?,
-            Activation::Gelu => h.gelu_erf()?,
+            Activation::Gelu => ops::gelu(&h)?,
         };
-        x + self.fc2.forward(&h)?
+        self.fc2.forward_add(&h, &x)
     }
 }

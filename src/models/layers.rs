@@ -122,6 +122,11 @@ impl Linear {
         self.inner.forward(x)
     }
 
+    /// `forward(x) + y`; `y` is `[.., out]`.
+    pub fn forward_add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        self.inner.forward_add(x, y)
+    }
+
     /// The module's name, as [`Site::name`].
     pub fn site(&self) -> &Arc<str> {
         &self.site
@@ -181,6 +186,21 @@ impl Conv2d {
     /// `x` is `[b, h, w, in]`; the result `[b, h', w', out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.inner.forward(x)
+    }
+
+    /// `forward(x) + y`; `y` is `[b, h', w', out]`.
+    pub fn forward_add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        self.inner.forward_add(x, y)
+    }
+
+    /// `forward(x) + y`; `y` is `[b, out]`, one row for all positions of an item.
+    pub fn forward_shift(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        self.inner.forward_shift(x, y)
+    }
+
+    /// The convolution of `x` doubled in size (nearest neighbour) and cut to `size`.
+    pub fn forward_upsampled(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
+        self.inner.forward_upsampled(x, size)
     }
 
     /// The module's name, as [`Site::name`].

@@ -55,16 +55,17 @@ impl ResnetBlock {
 
     /// `x` is `[b, h, w, in]`, `time` the SiLU of the timestep embedding, `[b, width]`.
     pub fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
-        let mut h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        if let (Some(projection), Some(time)) = (&self.time, time) {
-            let shift = projection.forward(time)?.unsqueeze(1)?.unsqueeze(1)?;
-            h = h.broadcast_add(&shift)?;
-        }
+        let h = self.norm1.forward_silu(x)?;
+        let h = match (&self.time, time) {
+            (Some(projection), Some(time)) => {
+                self.conv1.forward_shift(&h, &projection.forward(time)?)?
+            }
+            _ => self.conv1.forward(&h)?,
+        };
         let h = self.norm2.forward_silu(&h)?;
-        let h = self.conv2.forward(&h)?;
         match &self.shortcut {
-            Some(shortcut) => shortcut.forward(x)? + h,
-            None => x + h,
+            Some(shortcut) => self.conv2.forward_add(&h, &shortcut.forward(x)?),
+            None => self.conv2.forward_add(&h, x),
         }
     }
 }

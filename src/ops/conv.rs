@@ -1,7 +1,7 @@
 use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
-use super::gemm::{self, Packed, Rows};
+use super::gemm::{self, Finish, Packed, Rows};
 use super::linear::pack;
 use super::{host, reference};
 
@@ -75,17 +75,74 @@ impl Conv2d {
     /// # Errors
     /// If `x` has another number of channels, or is smaller than the kernel.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.weight {
-            Weight::Packed { packed, kernel } if host::is_plain([x]) => {
-                forward(packed, *kernel, self.stride, self.padding, x)
-            }
-            _ => reference::conv2d(
-                x,
-                &self.weight()?,
-                self.bias.as_ref(),
+        self.run(x, None, Then::Nothing)
+    }
+
+    /// `forward(x) + y`, where `y` has the shape of the result: the sum costs nothing on the way.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn forward_add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        self.run(x, None, Then::Add(y))
+    }
+
+    /// `forward(x) + y`, where `y` is `[b, out]`, the same for all positions of an item.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn forward_shift(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        self.run(x, None, Then::Shift(y))
+    }
+
+    /// The convolution of `x`, doubled in size by repeating every pixel and cut to `size` (height and
+    /// width, at most the double). The large picture never exists.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn forward_upsampled(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
+        let (_, h, w, _) = x.dims4()?;
+        if size[0] > 2 * h || size[1] > 2 * w {
+            bail!("conv2d: {h}x{w} doubled does not reach {size:?}")
+        }
+        self.run(x, Some(size), Then::Nothing)
+    }
+
+    fn run(&self, x: &Tensor, upsampled: Option<[usize; 2]>, then: Then) -> Result<Tensor> {
+        let more = match then {
+            Then::Nothing => None,
+            Then::Add(y) | Then::Shift(y) => Some(y),
+        };
+        if let Weight::Packed { packed, kernel } = &self.weight
+            && host::is_plain(more.into_iter().chain([x]))
+        {
+            return forward(
+                packed,
+                *kernel,
                 self.stride,
                 self.padding,
-            ),
+                x,
+                upsampled,
+                then,
+            );
+        }
+        let large = match upsampled {
+            Some([h, w]) => {
+                let large = reference::upsample_nearest_2x(x)?;
+                Some(large.narrow(1, 0, h)?.narrow(2, 0, w)?)
+            }
+            None => None,
+        };
+        let y = reference::conv2d(
+            large.as_ref().unwrap_or(x),
+            &self.weight()?,
+            self.bias.as_ref(),
+            self.stride,
+            self.padding,
+        )?;
+        match then {
+            Then::Nothing => Ok(y),
+            Then::Add(more) => y + more,
+            Then::Shift(more) => y.broadcast_add(&more.unsqueeze(1)?.unsqueeze(1)?),
         }
     }
 
@@ -109,38 +166,72 @@ impl Conv2d {
     }
 }
 
+/// What is added to a convolution's result.
+#[derive(Clone, Copy)]
+enum Then<'a> {
+    Nothing,
+    /// `[b, h', w', out]`.
+    Add(&'a Tensor),
+    /// `[b, out]`.
+    Shift(&'a Tensor),
+}
+
 fn forward(
     weight: &Packed,
     kernel: [usize; 2],
     stride: usize,
     [top, bottom, left, right]: [usize; 4],
     x: &Tensor,
+    upsampled: Option<[usize; 2]>,
+    then: Then,
 ) -> Result<Tensor> {
-    let (b, h, w, c) = x.dims4()?;
+    let (b, stored_h, stored_w, c) = x.dims4()?;
     if c != weight.depth {
         bail!("conv2d: {c} channels in an input for {}", weight.depth)
     }
+    let [h, w] = upsampled.unwrap_or([stored_h, stored_w]);
     let (ph, pw) = (h + top + bottom, w + left + right);
     if ph < kernel[0] || pw < kernel[1] {
         bail!("conv2d: a padded input of {ph}x{pw} is smaller than the kernel {kernel:?}")
     }
     let size = [(ph - kernel[0]) / stride + 1, (pw - kernel[1]) / stride + 1];
-    host::with_slice(x, |numbers| {
+    let (more, expected) = match then {
+        Then::Nothing => (x, x.dims().to_vec()),
+        Then::Add(y) => (y, vec![b, size[0], size[1], weight.outputs]),
+        Then::Shift(y) => (y, vec![b, weight.outputs]),
+    };
+    if more.dims() != expected {
+        bail!(
+            "conv2d: {:?} to be added, expected {expected:?}",
+            more.dims()
+        )
+    }
+    host::with_slices([x, more], |[numbers, more]| {
         let zeros = vec![0.0; c];
         let source = Patches {
             numbers,
             zeros: &zeros,
+            stored: [stored_h, stored_w],
+            doubled: upsampled.is_some(),
             input: [h, w],
             output: size,
             kernel,
             stride,
             padding: [top, left],
         };
+        let finish = match then {
+            Then::Nothing => Finish::Nothing,
+            Then::Add(_) => Finish::Add(more),
+            Then::Shift(_) => Finish::Shift {
+                shifts: more,
+                rows: size[0] * size[1],
+            },
+        };
         let rows = b * size[0] * size[1];
         // SAFETY: the shape is `rows * outputs` numbers, and `product` writes them all.
         unsafe {
-            host::new_tensor(x, (b, size[0], size[1], weight.outputs), |out| {
-                gemm::product(&gemm::current_kernel(), weight, rows, &source, out);
+            host::new_tensor((b, size[0], size[1], weight.outputs), |out| {
+                gemm::product(&gemm::current_kernel(), weight, rows, &source, finish, out);
                 Ok(())
             })
         }
@@ -152,6 +243,11 @@ struct Patches<'a> {
     numbers: &'a [f32],
     /// One pixel of zeros, for positions outside the picture.
     zeros: &'a [f32],
+    /// The picture as it lies in memory.
+    stored: [usize; 2],
+    /// Whether every pixel in memory stands for two by two.
+    doubled: bool,
+    /// The picture the kernel sees.
     input: [usize; 2],
     output: [usize; 2],
     kernel: [usize; 2],
@@ -165,6 +261,7 @@ unsafe impl Rows for Patches<'_> {
     fn point(&self, row: usize, stride: usize, table: &mut [*const f32]) {
         let c = self.zeros.len();
         let [h, w] = self.input;
+        let halving = usize::from(self.doubled);
         let (row, x) = (row / self.output[1], row % self.output[1]);
         let (item, y) = (row / self.output[0], row % self.output[0]);
         for ky in 0..self.kernel[0] {
@@ -172,7 +269,8 @@ unsafe impl Rows for Patches<'_> {
             for kx in 0..self.kernel[1] {
                 let x = (x * self.stride + kx).wrapping_sub(self.padding[1]);
                 table[(ky * self.kernel[1] + kx) * stride] = if y < h && x < w {
-                    self.numbers[((item * h + y) * w + x) * c..][..c].as_ptr()
+                    let pixel = (item * self.stored[0] + (y >> halving)) * self.stored[1];
+                    self.numbers[(pixel + (x >> halving)) * c..][..c].as_ptr()
                 } else {
                     self.zeros.as_ptr()
                 };

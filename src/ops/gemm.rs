@@ -9,6 +9,7 @@
 use super::host::Out;
 use super::kernel::{self, COLS, Call, Kernel, Line};
 use super::parallel;
+use std::ops::Range;
 
 /// The longest piece of a sum kept in registers: `320 * 64` bytes of a panel and 6 rows of 320
 /// numbers fill the 32 kB of a first-level cache, and Stable Diffusion's widths divide by it.
@@ -76,6 +77,49 @@ impl Packed {
             depth,
             lines,
             bias,
+        }
+    }
+
+    /// Packs `outputs` rows of `depth` numbers that lie `stride` apart: keys, to be multiplied with
+    /// queries.
+    pub(super) fn of_rows(rows: &[f32], stride: usize, outputs: usize, depth: usize) -> Self {
+        let panels = outputs.div_ceil(COLS);
+        let mut lines = vec![Line::ZERO; panels * depth];
+        for (p, panel) in lines.chunks_exact_mut(depth.max(1)).enumerate() {
+            let lanes = COLS.min(outputs - p * COLS);
+            let first = &rows[p * COLS * stride..];
+            for (k, line) in panel.iter_mut().enumerate() {
+                for (lane, number) in line.0[..lanes].iter_mut().enumerate() {
+                    *number = first[lane * stride + k];
+                }
+            }
+        }
+        Self {
+            outputs,
+            taps: 1,
+            depth,
+            lines,
+            bias: None,
+        }
+    }
+
+    /// Packs `depth` rows of `outputs` numbers that lie `stride` apart, the other way round: values,
+    /// to be weighted with probabilities.
+    pub(super) fn of_columns(rows: &[f32], stride: usize, outputs: usize, depth: usize) -> Self {
+        let panels = outputs.div_ceil(COLS);
+        let mut lines = vec![Line::ZERO; panels * depth];
+        for k in 0..depth {
+            let row = &rows[k * stride..][..outputs];
+            for (p, numbers) in row.chunks(COLS).enumerate() {
+                lines[p * depth + k].0[..numbers.len()].copy_from_slice(numbers);
+            }
+        }
+        Self {
+            outputs,
+            taps: 1,
+            depth,
+            lines,
+            bias: None,
         }
     }
 
@@ -167,16 +211,45 @@ pub(super) unsafe trait Rows: Sync {
     fn point(&self, row: usize, stride: usize, table: &mut [*const f32]);
 }
 
-/// Consecutive rows of one matrix.
+/// Rows of one matrix.
 pub(super) struct Matrix<'a> {
     pub numbers: &'a [f32],
     pub depth: usize,
+    /// From one row to the next; `depth` where they follow each other.
+    pub stride: usize,
 }
 
 // SAFETY: the slice is checked to hold the row.
 unsafe impl Rows for Matrix<'_> {
     fn point(&self, row: usize, _: usize, table: &mut [*const f32]) {
-        table[0] = self.numbers[row * self.depth..][..self.depth].as_ptr();
+        table[0] = self.numbers[row * self.stride..][..self.depth].as_ptr();
+    }
+}
+
+/// What is still added to the numbers of a product, while they are in the cache.
+#[derive(Clone, Copy)]
+pub(super) enum Finish<'a> {
+    Nothing,
+    /// A number for each of the product's.
+    Add(&'a [f32]),
+    /// A row for every `rows` rows of the product.
+    Shift {
+        shifts: &'a [f32],
+        rows: usize,
+    },
+}
+
+impl Finish<'_> {
+    /// Finishes columns `first..` of `row`, of rows as wide as `width`.
+    fn apply(&self, row: usize, width: usize, first: usize, numbers: &mut [f32]) {
+        let more = match self {
+            Self::Nothing => return,
+            Self::Add(more) => &more[row * width..],
+            Self::Shift { shifts, rows } => &shifts[row / rows * width..],
+        };
+        for (number, more) in numbers.iter_mut().zip(&more[first..]) {
+            *number += more;
+        }
     }
 }
 
@@ -219,7 +292,7 @@ impl Cut {
     }
 }
 
-/// `out[row, :] = bias + rows[row] · weight` for `rows` rows.
+/// `out[row, :] = bias + rows[row] · weight` for `rows` rows, then `finish`.
 ///
 /// # Safety
 /// `out` has room for `rows * weight.outputs` numbers; all of them are written.
@@ -228,6 +301,7 @@ pub(super) unsafe fn product(
     weight: &Packed,
     rows: usize,
     source: &impl Rows,
+    finish: Finish,
     out: Out,
 ) {
     if rows == 0 || weight.outputs == 0 {
@@ -235,34 +309,78 @@ pub(super) unsafe fn product(
     }
     let cut = Cut::new(kernel, weight, rows);
     let blocks = blocks(weight.taps, weight.depth);
+    let width = weight.outputs;
     let task = |task: usize| {
         // Neighbouring tasks share weights, so that two threads read them from memory once.
         let (chunk, tile) = (task / cut.tiles, task % cut.tiles);
         let first = tile * cut.tile;
-        let table = Table::new(
-            kernel,
-            weight.taps,
-            source,
-            first,
-            cut.tile.min(rows - first),
-        );
+        let count = cut.tile.min(rows - first);
+        let table = Table::new(kernel, weight.taps, source, first, count);
         let end = weight.panels().min((chunk + 1) * cut.chunk);
-        for strip in (chunk * cut.chunk..end).step_by(STRIP) {
-            let strip = strip..end.min(strip + STRIP);
-            for block in &blocks {
-                for panel in strip.clone() {
-                    // SAFETY: row tiles and panels lie inside `out`, and tasks differ in one.
-                    unsafe {
-                        let out = out.ptr().add(first * weight.outputs + panel * COLS);
-                        multiply(kernel, weight, panel, block, &table, out);
-                    }
-                }
+        for start in (chunk * cut.chunk..end).step_by(STRIP) {
+            let strip = start..end.min(start + STRIP);
+            // SAFETY: row tiles and panels lie inside `out`, and tasks differ in one.
+            unsafe {
+                let out = out.ptr().add(first * width);
+                multiply_strip(kernel, weight, strip.clone(), &blocks, &table, out, width);
+            }
+            let columns = start * COLS..width.min(strip.end * COLS);
+            for row in first..first + count {
+                // SAFETY: as above; the kernel has written these numbers.
+                let numbers = unsafe { out.part(row * width + columns.start, columns.len()) };
+                finish.apply(row, width, columns.start, numbers);
             }
         }
     };
     match cut.tiles * cut.chunks {
         1 => task(0),
         tasks => parallel::run(tasks, task),
+    }
+}
+
+/// `out[row, :] = rows[row] · weight` for rows `first..first + count` on this thread, the rows of
+/// `out` `out_stride` apart.
+///
+/// # Safety
+/// `out` is good for `count` rows of `weight.outputs` numbers; all of them are written.
+pub(super) unsafe fn product_here(
+    kernel: &Kernel,
+    weight: &Packed,
+    [first, count]: [usize; 2],
+    source: &impl Rows,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    let table = Table::new(kernel, weight.taps, source, first, count);
+    let blocks = blocks(weight.taps, weight.depth);
+    for start in (0..weight.panels()).step_by(STRIP) {
+        let strip = start..weight.panels().min(start + STRIP);
+        // SAFETY: the caller's promise.
+        unsafe { multiply_strip(kernel, weight, strip, &blocks, &table, out, out_stride) };
+    }
+}
+
+/// All blocks of a few panels for the rows of a tile.
+///
+/// # Safety
+/// `out` points at the tile's first row, in rows `out_stride` apart.
+unsafe fn multiply_strip(
+    kernel: &Kernel,
+    weight: &Packed,
+    strip: Range<usize>,
+    blocks: &[Block],
+    table: &Table,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    for block in blocks {
+        for panel in strip.clone() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let out = out.add(panel * COLS);
+                multiply(kernel, weight, panel, block, table, out, out_stride);
+            }
+        }
     }
 }
 
@@ -287,7 +405,7 @@ impl Table {
 /// One block of one panel for all rows of a tile.
 ///
 /// # Safety
-/// `out` points at the tile's first row and the panel's first column, in rows of `weight.outputs`.
+/// `out` points at the tile's first row and the panel's first column, in rows `out_stride` apart.
 unsafe fn multiply(
     kernel: &Kernel,
     weight: &Packed,
@@ -295,6 +413,7 @@ unsafe fn multiply(
     block: &Block,
     table: &Table,
     out: *mut f32,
+    out_stride: usize,
 ) {
     let lines = &weight.panel(panel)[block.tap * weight.depth + block.offset..];
     let group = weight.taps * kernel.rows;
@@ -309,8 +428,8 @@ unsafe fn multiply(
             panel: lines.as_ptr(),
             bias: weight.panel_bias(panel),
             // SAFETY: the caller's promise.
-            out: unsafe { out.add(first * weight.outputs) },
-            out_stride: weight.outputs,
+            out: unsafe { out.add(first * out_stride) },
+            out_stride,
             rows: kernel.rows.min(table.rows - first),
             cols: weight.panel_outputs(panel),
             accumulate: block.tap + block.offset > 0,

@@ -1,6 +1,6 @@
 //! The border between candle's tensors and slices of f32 in host memory.
 
-use candle_core::{DType, Result, Shape, Storage, Tensor, bail};
+use candle_core::{DType, Device, Result, Shape, Storage, Tensor, bail};
 
 /// Whether the kernels of this module may serve these tensors: f32 in host memory, and nobody
 /// wants a gradient.
@@ -10,14 +10,25 @@ pub(super) fn is_plain<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> boo
         .all(|t| t.dtype() == DType::F32 && t.device().is_cpu() && !t.track_op())
 }
 
-/// Calls `f` with the numbers of a plain tensor, copied only if they do not lie in order.
-pub(super) fn with_slice<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let t = t.contiguous()?;
-    let (storage, layout) = t.storage_and_layout();
-    let (Storage::Cpu(cpu), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
-        bail!("a plain tensor is contiguous in host memory here")
-    };
-    f(&cpu.as_slice::<f32>()?[start..end])
+/// Calls `f` with the numbers of plain tensors, copied only if they do not lie in order.
+pub(super) fn with_slices<const N: usize, R>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[f32]; N]) -> Result<R>,
+) -> Result<R> {
+    let tensors = tensors
+        .iter()
+        .map(|t| t.contiguous())
+        .collect::<Result<Vec<_>>>()?;
+    let held: Vec<_> = tensors.iter().map(|t| t.storage_and_layout()).collect();
+    let mut slices: [&[f32]; N] = [&[]; N];
+    for (slice, (storage, layout)) in slices.iter_mut().zip(&held) {
+        let (Storage::Cpu(cpu), Some((start, end))) = (&**storage, layout.contiguous_offsets())
+        else {
+            bail!("a plain tensor is contiguous in host memory here")
+        };
+        *slice = &cpu.as_slice::<f32>()?[start..end];
+    }
+    f(slices)
 }
 
 /// A place that several tasks write to, each its own part.
@@ -30,10 +41,6 @@ unsafe impl Sync for Out {}
 unsafe impl Send for Out {}
 
 impl Out {
-    pub(super) fn new(numbers: &mut [f32]) -> Self {
-        Self(numbers.as_mut_ptr())
-    }
-
     pub(super) fn ptr(self) -> *mut f32 {
         self.0
     }
@@ -54,7 +61,6 @@ impl Out {
 /// # Safety
 /// `write` must write each of the `shape`'s numbers before it reads it, and return only then.
 pub(super) unsafe fn new_tensor(
-    like: &Tensor,
     shape: impl Into<Shape>,
     write: impl FnOnce(Out) -> Result<()>,
 ) -> Result<Tensor> {
@@ -64,5 +70,5 @@ pub(super) unsafe fn new_tensor(
     write(Out(data.as_mut_ptr()))?;
     // SAFETY: `write` has initialised `len` numbers, as the caller promises.
     unsafe { data.set_len(len) };
-    Tensor::from_vec(data, shape, like.device())
+    Tensor::from_vec(data, shape, &Device::Cpu)
 }

@@ -13,6 +13,8 @@
 
 use std::sync::OnceLock;
 
+use super::simd::{Level, PORTABLE_FMA, fma};
+
 /// Columns of a panel.
 pub(super) const COLS: usize = 16;
 
@@ -23,19 +25,6 @@ pub(super) struct Line(pub [f32; COLS]);
 
 impl Line {
     pub(super) const ZERO: Self = Self([0.0; COLS]);
-}
-
-/// The numbers of `lines`, 16 to each.
-pub(super) fn floats(lines: &[Line]) -> &[f32] {
-    // SAFETY: `Line` is `repr(C)` over `[f32; 16]`, whose size, 64 bytes, equals the alignment, so
-    // there is no padding and the lines are 16 times as many consecutive floats.
-    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * COLS) }
-}
-
-/// The numbers of `lines`, 16 to each, for writing.
-pub(super) fn floats_mut(lines: &mut [Line]) -> &mut [f32] {
-    // SAFETY: as in `floats`; every bit pattern of the floats is a valid `Line`.
-    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * COLS) }
 }
 
 /// What one call of the kernel reads and writes: up to [`Kernel::rows`] rows of one panel.
@@ -64,7 +53,8 @@ pub(super) struct Call {
 /// An implementation of the kernel for one instruction set.
 #[derive(Clone, Copy)]
 pub(super) struct Kernel {
-    pub name: &'static str,
+    /// The instruction set it is for, which the loops beside it are compiled for too.
+    pub level: Level,
     /// The most rows of a call; row tiles are multiples of it.
     pub rows: usize,
     run: unsafe fn(&Call),
@@ -94,7 +84,11 @@ pub(super) fn available() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     #[cfg(target_arch = "x86_64")]
     {
-        if is_x86_feature_detected!("avx512f") {
+        if is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512bw")
+        {
             kernels.push(x86::AVX512);
         }
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
@@ -106,7 +100,7 @@ pub(super) fn available() -> Vec<Kernel> {
 }
 
 const PORTABLE: Kernel = Kernel {
-    name: "portable",
+    level: Level::Portable,
     rows: 4,
     run: portable,
 };
@@ -141,7 +135,7 @@ unsafe fn portable_rows<const R: usize>(call: &Call) {
                     // SAFETY: a tap's rows have `depth` numbers.
                     let x = unsafe { *row.add(k) };
                     for (acc, w) in acc.iter_mut().zip(&line[half * HALF..][..HALF]) {
-                        *acc += x * w;
+                        *acc = fma::<PORTABLE_FMA>(x, *w, *acc);
                     }
                 }
             }
@@ -196,20 +190,20 @@ unsafe fn store<const R: usize>(call: &Call, sums: &[[f32; COLS]; R]) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{COLS, Call, Kernel, row_pointers, store, tap_panel};
+    use super::{COLS, Call, Kernel, Level, row_pointers, store, tap_panel};
     use std::arch::x86_64::*;
 
     /// 6 rows by two 256-bit vectors: twelve sums hide the latency of two FMA units, and fill
     /// sixteen registers together with a line of the panel and a broadcast.
     pub(super) const AVX2: Kernel = Kernel {
-        name: "avx2",
+        level: Level::Avx2,
         rows: 6,
         run: avx2,
     };
 
     /// 12 rows by one 512-bit vector.
     pub(super) const AVX512: Kernel = Kernel {
-        name: "avx512",
+        level: Level::Avx512,
         rows: 12,
         run: avx512,
     };

@@ -1,7 +1,7 @@
 use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
-use super::gemm::{self, Matrix, Packed};
+use super::gemm::{self, Finish, Matrix, Packed};
 use super::{host, reference};
 
 /// A prepared affine map `y = x Wᵀ + b`.
@@ -49,8 +49,19 @@ impl Linear {
     /// If the last dimension of `x` is not `in`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.weight {
-            Weight::Packed(packed) if host::is_plain([x]) => forward(packed, x),
+            Weight::Packed(packed) if host::is_plain([x]) => forward(packed, x, None),
             _ => reference::linear(x, &self.weight()?, self.bias.as_ref()),
+        }
+    }
+
+    /// `forward(x) + y`, where `y` has the shape of the result: the sum costs nothing on the way.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn forward_add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        match &self.weight {
+            Weight::Packed(packed) if host::is_plain([x, y]) => forward(packed, x, Some(y)),
+            _ => reference::linear(x, &self.weight()?, self.bias.as_ref())? + y,
         }
     }
 
@@ -79,13 +90,17 @@ pub(super) fn pack(
     depth: usize,
     taps: usize,
 ) -> Result<Packed> {
-    host::with_slice(weight, |w| match bias {
-        Some(b) => host::with_slice(b, |b| Ok(Packed::new(w, Some(b), outputs, depth, taps))),
-        None => Ok(Packed::new(w, None, outputs, depth, taps)),
-    })
+    match bias {
+        Some(bias) => host::with_slices([weight, bias], |[w, b]| {
+            Ok(Packed::new(w, Some(b), outputs, depth, taps))
+        }),
+        None => host::with_slices([weight], |[w]| {
+            Ok(Packed::new(w, None, outputs, depth, taps))
+        }),
+    }
 }
 
-fn forward(weight: &Packed, x: &Tensor) -> Result<Tensor> {
+fn forward(weight: &Packed, x: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
     let mut shape = x.dims().to_vec();
     match shape.last_mut() {
         Some(last) if *last == weight.depth => *last = weight.outputs,
@@ -95,16 +110,26 @@ fn forward(weight: &Packed, x: &Tensor) -> Result<Tensor> {
             weight.depth
         ),
     }
+    if let Some(add) = add
+        && add.dims() != shape
+    {
+        bail!("linear: {:?} to be added to {shape:?}", add.dims())
+    }
     let rows = x.elem_count() / weight.depth;
-    host::with_slice(x, |numbers| {
+    host::with_slices([x, add.unwrap_or(x)], |[numbers, more]| {
         let source = Matrix {
             numbers,
             depth: weight.depth,
+            stride: weight.depth,
+        };
+        let finish = match add {
+            Some(_) => Finish::Add(more),
+            None => Finish::Nothing,
         };
         // SAFETY: the shape is `rows * outputs` numbers, and `product` writes them all.
         unsafe {
-            host::new_tensor(x, shape, |out| {
-                gemm::product(&gemm::current_kernel(), weight, rows, &source, out);
+            host::new_tensor(shape, |out| {
+                gemm::product(&gemm::current_kernel(), weight, rows, &source, finish, out);
                 Ok(())
             })
         }

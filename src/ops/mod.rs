@@ -21,7 +21,9 @@ mod kernel;
 mod linear;
 mod norm;
 mod parallel;
+mod pointwise;
 mod reference;
+mod simd;
 #[cfg(test)]
 mod tests;
 
@@ -29,25 +31,4 @@ pub use attention::attention;
 pub use conv::Conv2d;
 pub use linear::Linear;
 pub use norm::{group_norm, layer_norm};
-
-use candle_core::{Result, Tensor};
-
-/// Exact GEGLU: `x[.., ..d] * gelu_erf(x[.., d..])`; `x` is `[.., 2d]`, the result `[.., d]`.
-pub fn geglu(x: &Tensor) -> Result<Tensor> {
-    reference::geglu(x)
-}
-
-/// `x * sigmoid(x)`, element by element.
-pub fn silu(x: &Tensor) -> Result<Tensor> {
-    reference::silu(x)
-}
-
-/// `x * sigmoid(1.702 x)`, the activation of OpenAI's CLIP.
-pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    reference::quick_gelu(x)
-}
-
-/// Nearest-neighbour upsampling by two: `[b, h, w, c]` to `[b, 2h, 2w, c]`.
-pub fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
-    reference::upsample_nearest_2x(x)
-}
+pub use pointwise::{concat_channels, geglu, gelu, quick_gelu, silu};

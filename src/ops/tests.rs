@@ -3,7 +3,10 @@
 
 use super::kernel::{self, Kernel};
 use super::parallel::with_threads;
-use super::{Conv2d, Linear, gemm, reference};
+use super::{
+    Conv2d, Linear, attention, concat_channels, geglu, gelu, gemm, group_norm, layer_norm,
+    quick_gelu, reference, silu,
+};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -99,7 +102,7 @@ fn a_linear_map_is_the_f64_one_on_odd_sizes() {
                 let layer = Linear::new(w.clone(), bias.clone()).unwrap();
                 let bias = bias.as_ref().map(f64);
                 let exact = reference::linear(&f64(&x), &f64(&w), bias.as_ref()).unwrap();
-                let what = format!("{} {rows}x{depth}x{outputs}", kernel.name);
+                let what = format!("{:?} {rows}x{depth}x{outputs}", kernel.level);
                 assert_close(&what, &layer.forward(&x).unwrap(), &exact, 4e-7);
                 assert_eq!(bits(&layer.weight().unwrap()), bits(&w));
             }
@@ -133,7 +136,7 @@ fn a_convolution_is_the_f64_one_on_odd_sizes() {
                 let bias = bias.as_ref().map(f64);
                 let exact =
                     reference::conv2d(&f64(&x), &f64(&w), bias.as_ref(), stride, padding).unwrap();
-                let what = format!("{} {size:?} {depth}->{outputs} {side}", kernel.name);
+                let what = format!("{:?} {size:?} {depth}->{outputs} {side}", kernel.level);
                 assert_close(&what, &layer.forward(&x).unwrap(), &exact, 1e-6);
                 assert_eq!(bits(&layer.weight().unwrap()), bits(&w));
             }
@@ -190,6 +193,173 @@ fn a_view_gives_what_its_copy_gives() {
 }
 
 #[test]
+fn attention_is_the_f64_one_on_odd_sizes() {
+    with_each_kernel(|kernel| {
+        let mut numbers = Numbers::new(8);
+        for (b, tq, tk, heads, d, causal) in [
+            (1, 1, 1, 1, 1, false),
+            (2, 7, 7, 3, 5, true),
+            (1, 77, 77, 2, 33, true),
+            (3, 100, 77, 2, 24, false),
+            (1, 130, 517, 1, 40, false),
+            (2, 19, 33, 5, 16, true),
+            (1, 14, 2000, 1, 330, false),
+        ] {
+            let mut part = |t: usize| {
+                let x = numbers.tensor(&[b, t, heads * d]);
+                // Scores far apart, so that a softmax without its maximum would overflow.
+                (x * 9.0).unwrap()
+            };
+            let (q, k, v) = (part(tq), part(tk), part(tk));
+            let exact = reference::attention(&f64(&q), &f64(&k), &f64(&v), heads, causal).unwrap();
+            let found = attention(&q, &k, &v, heads, causal).unwrap();
+            let what = format!("{:?} {b} {tq} {tk} {heads} {d}", kernel.level);
+            assert_close(&what, &found, &exact, 2e-5);
+        }
+    });
+}
+
+#[test]
+fn norms_are_the_f64_ones_even_far_from_zero() {
+    with_each_kernel(|kernel| {
+        let mut numbers = Numbers::new(9);
+        for (shape, groups, mean) in [
+            (vec![1, 1, 1], 1, 0.0),
+            (vec![2, 3, 5, 6], 3, 0.0),
+            (vec![3, 17, 48], 8, 1.0),
+            (vec![1, 40, 31, 37], 37, -30.0),
+            (vec![2, 33, 9, 96], 4, 100.0),
+            (vec![1, 5, 2570], 10, 3.0),
+        ] {
+            let c = shape[shape.len() - 1];
+            let x = (numbers.tensor(&shape) + mean).unwrap();
+            let (w, b) = (numbers.tensor(&[c]), numbers.tensor(&[c]));
+            let what = format!("{:?} {shape:?}", kernel.level);
+            for silu in [false, true] {
+                let exact = reference::group_norm(&f64(&x), groups, &f64(&w), &f64(&b), 1e-6, silu);
+                let found = group_norm(&x, groups, &w, &b, 1e-6, silu).unwrap();
+                assert_close(&what, &found, &exact.unwrap(), 1e-5);
+            }
+            let exact = reference::layer_norm(&f64(&x), &f64(&w), &f64(&b), 1e-5).unwrap();
+            let found = layer_norm(&x, &w, &b, 1e-5).unwrap();
+            assert_close(&what, &found, &exact, 1e-5);
+        }
+    });
+}
+
+#[test]
+fn activations_are_the_f64_ones_and_finite_everywhere() {
+    with_each_kernel(|kernel| {
+        let mut numbers = Numbers::new(10);
+        for shape in [vec![9, 2], vec![3, 7, 26], vec![2, 20_000]] {
+            let x = (numbers.tensor(&shape) * 12.0).unwrap();
+            type Op = fn(&Tensor) -> Result<Tensor>;
+            let table: [(&str, Op, Op); 4] = [
+                ("silu", silu, reference::silu),
+                ("quick gelu", quick_gelu, reference::quick_gelu),
+                ("gelu", gelu, Tensor::gelu_erf),
+                ("geglu", geglu, reference::geglu),
+            ];
+            for (name, fast, exact) in table {
+                let what = format!("{:?} {name}", kernel.level);
+                assert_close(&what, &fast(&x).unwrap(), &exact(&f64(&x)).unwrap(), 3e-7);
+            }
+        }
+        let ends = Tensor::new(&[-3e38f32, -200.0, 0.0, 200.0, 3e38], &Device::Cpu).unwrap();
+        for op in [silu, gelu, quick_gelu] {
+            let found: Vec<f32> = op(&ends).unwrap().to_vec1().unwrap();
+            assert!(
+                found[0].abs() < 1e-30 && found[1].abs() < 1e-30,
+                "{found:?}"
+            );
+            assert_eq!(found[2..], [0.0, 200.0, 3e38], "{found:?}");
+        }
+    });
+}
+
+#[test]
+fn what_is_added_on_the_way_is_added_once() {
+    let mut numbers = Numbers::new(11);
+    // More outputs than are finished at once, more rows than one tile.
+    let linear = Linear::new(numbers.tensor(&[700, 21]), Some(numbers.tensor(&[700]))).unwrap();
+    let (x, y) = (
+        numbers.tensor(&[2, 101, 21]),
+        numbers.tensor(&[2, 101, 700]),
+    );
+    let sum = (linear.forward(&x).unwrap() + &y).unwrap();
+    assert_eq!(bits(&linear.forward_add(&x, &y).unwrap()), bits(&sum));
+    assert!(linear.forward_add(&x, &x).is_err());
+
+    let w = numbers.tensor(&[19, 6, 3, 3]);
+    let conv = Conv2d::new(w, Some(numbers.tensor(&[19])), 2, [1; 4]).unwrap();
+    let x = numbers.tensor(&[3, 9, 14, 6]);
+    let plain = conv.forward(&x).unwrap();
+    let y = numbers.tensor(plain.dims());
+    let sum = (&plain + &y).unwrap();
+    assert_eq!(bits(&conv.forward_add(&x, &y).unwrap()), bits(&sum));
+    let shift = numbers.tensor(&[3, 19]);
+    let wide = shift.unsqueeze(1).unwrap().unsqueeze(1).unwrap();
+    let sum = plain.broadcast_add(&wide).unwrap();
+    assert_eq!(bits(&conv.forward_shift(&x, &shift).unwrap()), bits(&sum));
+    assert!(conv.forward_shift(&x, &x).is_err());
+    assert!(conv.forward_add(&x, &x).is_err());
+}
+
+#[test]
+fn an_upsampled_convolution_is_that_of_the_large_picture() {
+    let mut numbers = Numbers::new(12);
+    let conv = Conv2d::new(numbers.tensor(&[5, 7, 3, 3]), None, 1, [1; 4]).unwrap();
+    let x = numbers.tensor(&[2, 4, 6, 7]);
+    let large = reference::upsample_nearest_2x(&x).unwrap();
+    for [h, w] in [[8, 12], [7, 12], [7, 11]] {
+        let cut = large.narrow(1, 0, h).unwrap().narrow(2, 0, w).unwrap();
+        let exact = conv.forward(&cut).unwrap();
+        let found = conv.forward_upsampled(&x, [h, w]).unwrap();
+        assert_eq!(bits(&found), bits(&exact));
+        // And as it goes with gradients, through candle's operations.
+        let var = Var::from_tensor(&x).unwrap();
+        let composed = conv.forward_upsampled(var.as_tensor(), [h, w]).unwrap();
+        assert_close("composed", &composed, &f64(&exact), 1e-6);
+    }
+    assert!(conv.forward_upsampled(&x, [9, 12]).is_err());
+}
+
+#[test]
+fn channels_are_joined_in_order() {
+    let mut numbers = Numbers::new(13);
+    let (a, b) = (
+        numbers.tensor(&[2, 50, 3, 70]),
+        numbers.tensor(&[2, 50, 3, 41]),
+    );
+    let joined = concat_channels(&a, &b).unwrap();
+    assert_eq!(bits(&joined), bits(&Tensor::cat(&[&a, &b], 3).unwrap()));
+    assert!(concat_channels(&a, &b.narrow(0, 0, 1).unwrap()).is_err());
+}
+
+#[test]
+fn an_item_of_the_other_operations_does_not_depend_on_its_neighbours() {
+    with_each_kernel(|_| {
+        let mut numbers = Numbers::new(14);
+        for _ in 0..6 {
+            let (heads, d) = (numbers.within(1..=4), numbers.within(1..=50));
+            let (tokens, c) = (numbers.within(1..=300), heads * d);
+            let context = numbers.tensor(&[1, 77, c]);
+            let (w, b) = (numbers.tensor(&[c]), numbers.tensor(&[c]));
+            let items = numbers.within(2..=4);
+            let x = numbers.tensor(&[items, tokens, c]);
+            assert_items_independent(&x, |x| attention(x, x, x, heads, false));
+            assert_items_independent(&x, |x| {
+                let context = context.broadcast_as((x.dim(0)?, 77, c))?;
+                attention(x, &context, &context, heads, false)
+            });
+            assert_items_independent(&x, |x| group_norm(x, heads, &w, &b, 1e-5, true));
+            assert_items_independent(&x, |x| layer_norm(x, &w, &b, 1e-5));
+            assert_items_independent(&x, silu);
+        }
+    });
+}
+
+#[test]
 fn gradients_reach_inputs_and_weights() {
     let mut numbers = Numbers::new(6);
     let x = Var::from_tensor(&numbers.tensor(&[2, 5, 5, 8])).unwrap();
@@ -219,4 +389,11 @@ fn misshapen_arguments_are_errors() {
     assert!(conv.forward(&t(&[1, 2, 9, 4])).is_err());
     assert!(conv.forward(&t(&[1, 9, 9, 3])).is_err());
     assert!(conv.forward(&t(&[9, 9, 4])).is_err());
+    assert!(attention(&t(&[1, 2, 6]), &t(&[1, 3, 6]), &t(&[1, 2, 6]), 2, false).is_err());
+    assert!(attention(&t(&[1, 2, 6]), &t(&[1, 3, 6]), &t(&[1, 3, 6]), 4, false).is_err());
+    assert!(group_norm(&t(&[1, 2, 6]), 4, &t(&[6]), &t(&[6]), 1e-5, true).is_err());
+    assert!(group_norm(&t(&[1, 2, 6]), 0, &t(&[6]), &t(&[6]), 1e-5, true).is_err());
+    assert!(group_norm(&t(&[1, 2, 6]), 3, &t(&[6]), &t(&[5]), 1e-5, true).is_err());
+    assert!(layer_norm(&t(&[2, 6]), &t(&[5]), &t(&[6]), 1e-5).is_err());
+    assert!(geglu(&t(&[2, 5])).is_err());
 }

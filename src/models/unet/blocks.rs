@@ -1,6 +1,6 @@
 //! The blocks of the way down, the middle and the way up.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::super::{
     LoadError,
@@ -199,21 +199,18 @@ impl UpBlock {
             let Some(skip) = skips.pop() else {
                 candle_core::bail!("unet: the way up asks for more than the way down left");
             };
-            x = layer.forward(&Tensor::cat(&[&x, &skip], D::Minus1)?, time, context)?;
+            x = layer.forward(&ops::concat_channels(&x, &skip)?, time, context)?;
         }
         let Some(upsample) = &self.upsample else {
             return Ok(x);
         };
-        let mut x = ops::upsample_nearest_2x(&x)?;
         // A side that was odd before it was halved comes back one too long. Nearest-neighbour
         // interpolation to the odd size, as in diffusers, is the doubled picture without its end.
-        if let Some(next) = skips.last() {
-            for axis in [1, 2] {
-                if x.dim(axis)? != next.dim(axis)? {
-                    x = x.narrow(axis, 0, next.dim(axis)?)?.contiguous()?;
-                }
-            }
-        }
-        upsample.forward(&x)
+        let (_, h, w, _) = x.dims4()?;
+        let size = match skips.last() {
+            Some(next) => [next.dim(1)?, next.dim(2)?],
+            None => [2 * h, 2 * w],
+        };
+        upsample.forward_upsampled(&x, size)
     }
 }

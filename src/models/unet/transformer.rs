@@ -78,8 +78,7 @@ impl Transformer {
         for block in &self.blocks {
             tokens = block.forward(&tokens, context)?;
         }
-        let y = self.proj_out.forward(&tokens.reshape((b, h, w, c))?)?;
-        y + x
+        self.proj_out.forward_add(&tokens.reshape((b, h, w, c))?, x)
     }
 }
 
@@ -88,6 +87,14 @@ impl Projection {
         match self {
             Self::Conv(conv) => conv.forward(x),
             Self::Linear(linear) => linear.forward(x),
+        }
+    }
+
+    /// `forward(x) + y`.
+    fn forward_add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Conv(conv) => conv.forward_add(x, y),
+            Self::Linear(linear) => linear.forward_add(x, y),
         }
     }
 }
@@ -128,10 +135,10 @@ impl Block {
 
     /// `x` is `[b, tokens, c]`.
     fn forward(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
-        let x = (self.attn1.to_itself(&self.norm1.forward(x)?)? + x)?;
-        let x = (self.attn2.to_context(&self.norm2.forward(&x)?, context)? + x)?;
-        let h = ops::geglu(&self.widen.forward(&self.norm3.forward(&x)?)?)?;
-        self.narrow.forward(&h)? + x
+        let x = &self.attn1.to_itself(&self.norm1.forward(x)?, x)?;
+        let x = &self.attn2.to_context(&self.norm2.forward(x)?, context, x)?;
+        let h = ops::geglu(&self.widen.forward(&self.norm3.forward(x)?)?)?;
+        self.narrow.forward_add(&h, x)
     }
 }
 
@@ -164,18 +171,19 @@ impl Attention {
         })
     }
 
-    fn to_itself(&self, x: &Tensor) -> Result<Tensor> {
+    /// `residual` is added to the result.
+    fn to_itself(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let (q, k, v) = (
             self.to_q.forward(x)?,
             self.to_k.forward(x)?,
             self.to_v.forward(x)?,
         );
-        self.to_out.forward(&self.attend(&q, &k, &v)?)
+        self.to_out.forward_add(&self.attend(&q, &k, &v)?, residual)
     }
 
     /// Keys and values come from all rows' contexts in one product; rows whose contexts differ in
-    /// length then attend one by one, so that no row sees padding.
-    fn to_context(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
+    /// length then attend one by one, so that no row sees padding. `residual` is added to the result.
+    fn to_context(&self, x: &Tensor, context: &Context, residual: &Tensor) -> Result<Tensor> {
         let q = self.to_q.forward(x)?;
         let k = self.to_k.forward(context.tokens())?;
         let v = self.to_v.forward(context.tokens())?;
@@ -196,7 +204,7 @@ impl Attention {
                 Tensor::cat(&rows, 0)?
             }
         };
-        self.to_out.forward(&y)
+        self.to_out.forward_add(&y, residual)
     }
 
     /// Each argument is `[b, tokens, c]`.

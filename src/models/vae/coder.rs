@@ -130,8 +130,8 @@ impl Decoder {
         for level in &self.up {
             x = level.residual(x)?;
             if let Some(conv) = &level.resample {
-                x = ops::upsample_nearest_2x(&x)?;
-                x = conv.forward(&x)?;
+                let (_, h, w, _) = x.dims4()?;
+                x = conv.forward_upsampled(&x, [2 * h, 2 * w])?;
             }
         }
         x = self.norm_out.forward_silu(&x)?;
@@ -242,7 +242,8 @@ impl SpatialAttention {
             self.to_v.forward(&tokens)?,
         );
         let y = ops::attention(&q, &k, &v, 1, false)?;
-        self.to_out.forward(&y)?.reshape((b, h, w, c))? + x
+        let x = x.reshape((b, h * w, c))?;
+        self.to_out.forward_add(&y, &x)?.reshape((b, h, w, c))
     }
 }
 

@@ -1,0 +1,156 @@
+//! Times the models and the pipeline alone, in process. `benches/compare.py` runs it beside diffusers.
+//!
+//! ```text
+//! bench unet    --model DIR --batch 2 --width 32 --height 32 --rounds N       latents
+//! bench vae     --model DIR --width 32 --height 32 --rounds N                 latents
+//! bench picture --model DIR --width W --height H --steps S --guidance G --scheduler NAME --seed 1 --rounds N
+//! ```
+//!
+//! Prints one line of JSON: `{"name": …, "seconds": [one number a round], "peak_rss_mb": …}`, or
+//! `{"name": …, "error": …}`. One round before the first is not counted.
+
+use std::{process::ExitCode, time::Instant};
+
+use candle_core::{DType, Device, Tensor};
+use clap::Parser;
+use lorikeet::{
+    models::{Model, ModelSource},
+    noise::Generator,
+    pipeline::{
+        Pipeline,
+        request::{Limits, RequestDraft},
+    },
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum What {
+    Unet,
+    Vae,
+    Picture,
+}
+
+#[derive(Debug, Parser)]
+struct Options {
+    what: What,
+    #[arg(long)]
+    model: ModelSource,
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    #[arg(long)]
+    width: usize,
+    #[arg(long)]
+    height: usize,
+    #[arg(long)]
+    steps: Option<u64>,
+    #[arg(long)]
+    guidance: Option<f64>,
+    #[arg(long)]
+    scheduler: Option<String>,
+    #[arg(long)]
+    seed: Option<u64>,
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+}
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let name = format!("{:?}", options.what).to_lowercase();
+    match measure(&options) {
+        Ok(seconds) => {
+            let peak = peak_rss_mb();
+            println!(
+                "{}",
+                serde_json::json!({"name": name, "seconds": seconds, "peak_rss_mb": peak})
+            );
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            let error = error.to_string();
+            println!("{}", serde_json::json!({"name": name, "error": error}));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(options: &Options) -> Outcome<Vec<f64>> {
+    let device = Device::Cpu;
+    let model = Model::load(&options.model, &device, DType::F32)?;
+    let mut noise = Generator::new(1);
+    let mut randn = |shape: &[usize]| {
+        Tensor::from_vec(noise.randn(shape.iter().product()), shape, &Device::Cpu)
+    };
+    let (h, w) = (options.height, options.width);
+    match options.what {
+        What::Unet => {
+            let sample = randn(&[options.batch, h, w, model.unet.in_channels()])?;
+            let context = (0..options.batch)
+                .map(|_| randn(&[77, model.unet.context_width()]))
+                .collect::<Result<Vec<_>, _>>()?;
+            let timesteps = vec![500.0; options.batch];
+            timed(options.rounds, || {
+                model.unet.forward(&sample, &timesteps, &context)?;
+                Ok(())
+            })
+        }
+        What::Vae => {
+            let latents = randn(&[options.batch, h, w, model.vae.latent_channels()])?;
+            timed(options.rounds, || {
+                model.vae.decode(&latents)?;
+                Ok(())
+            })
+        }
+        What::Picture => {
+            let pipeline = Pipeline::new(model, device)?;
+            let draft = RequestDraft {
+                prompt: "a red mushroom in a meadow".into(),
+                width: Some(w.try_into()?),
+                height: Some(h.try_into()?),
+                steps: options.steps,
+                guidance_scale: options.guidance,
+                scheduler: options.scheduler.clone(),
+                seed: options.seed,
+                n: Some(options.batch as u64),
+                ..RequestDraft::default()
+            };
+            let request = draft.validate(&pipeline.defaults(), &Limits::default())?;
+            timed(options.rounds, || {
+                let mut paintings = pipeline.begin(&request)?;
+                while paintings
+                    .iter()
+                    .any(|painting| painting.progress().0 < painting.progress().1)
+                {
+                    let outputs = pipeline.predict(&paintings.iter().collect::<Vec<_>>())?;
+                    for (painting, output) in paintings.iter_mut().zip(outputs) {
+                        pipeline.advance(painting, &output);
+                    }
+                }
+                for painting in &paintings {
+                    pipeline.decode(painting.latents(), painting.shape())?;
+                }
+                Ok(())
+            })
+        }
+    }
+}
+
+/// Seconds of each round, the first left out.
+fn timed(rounds: usize, mut work: impl FnMut() -> Outcome<()>) -> Outcome<Vec<f64>> {
+    work()?;
+    (0..rounds)
+        .map(|_| {
+            let start = Instant::now();
+            work()?;
+            Ok(start.elapsed().as_secs_f64())
+        })
+        .collect()
+}
+
+/// The most memory this process has held so far, where the system tells.
+fn peak_rss_mb() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kb: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kb / 1024)
+}
