@@ -168,7 +168,9 @@ async fn read_form(parts: Parts, bytes: Vec<u8>) -> Result<Sent, ApiError> {
         .map_err(|error| ApiError::BrokenForm(error.body_text()))?;
     let (mut image, mut mask, mut map) = (None, None, Map::new());
     while let Some(part) = form.next_field().await.map_err(broken)? {
-        let name = part.name().unwrap_or_default().to_owned();
+        let Some(name) = part.name().map(str::to_owned) else {
+            return Err(ApiError::BrokenForm("a part has no name".into()));
+        };
         match name.as_str() {
             "image" | "image[]" => {
                 if image

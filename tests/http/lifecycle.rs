@@ -98,15 +98,16 @@ async fn a_full_queue_says_when_to_come_back_and_a_client_that_leaves_makes_room
     // The same for a stream that is left after its first event.
     let mut body = endless();
     body["stream"] = json!(true);
+    body["steps"] = json!(200);
     body["partial_images"] = json!(16);
     let mut stream = server.generate(&body).await.bytes_stream();
     until("it streams", async || painter.stats().running_rows == 2).await;
-    let first = time::timeout(PATIENCE, stream.next())
-        .await
-        .unwrap()
-        .unwrap()
-        .unwrap();
-    assert!(first.starts_with(b"event: image_generation.partial_image"));
+    let event = b"event: image_generation.partial_image";
+    until("a preview arrives", async || {
+        // What comes before it keeps the connection open.
+        stream.next().await.unwrap().unwrap().starts_with(event)
+    })
+    .await;
     drop(stream);
     until("the device is free", async || {
         painter.stats().running_rows == 0
