@@ -6,7 +6,7 @@
 //!
 //! ```sh
 //! cargo build --release && cargo run --release --example load
-//! cargo run --release --example load -- --clients 64 --seconds 60 --queue 16
+//! cargo run --release --example load -- --clients 64 --seconds 60 -- --queue 16 --max-batch 4
 //! ```
 
 use std::{
@@ -24,7 +24,7 @@ use tokio::time;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// Part of the run in which caches fill and memory may grow.
+/// Part of a run that does not count: queues and caches fill, and memory may grow.
 const WARM_UP: f64 = 1.0 / 3.0;
 /// Growth of memory over the measured part that counts as flat.
 const FLAT: f64 = 0.02;
@@ -40,18 +40,18 @@ struct Options {
     /// Seconds with many clients; one client has a quarter of it
     #[arg(long, default_value_t = 60)]
     seconds: u64,
-    /// Requests that may wait at the server [default: the server's]; few of them make it say 429
-    #[arg(long)]
-    queue: Option<usize>,
     /// Denoising steps of each picture
     #[arg(long, default_value_t = 20)]
     steps: u32,
+    /// Options of `lorikeet serve`; a short --queue makes it say 429
+    #[arg(last = true)]
+    server: Vec<String>,
 }
 
 /// What clients saw.
 #[derive(Debug, Default)]
 struct Tally {
-    /// Seconds each picture took.
+    /// Seconds each picture took, of those that were finished after the warm-up.
     pictures: Vec<f64>,
     /// Answers of 429 with a usable Retry-After.
     told_to_wait: usize,
@@ -99,7 +99,7 @@ async fn measure(options: &Options, url: &str, server: u32) -> Result<bool, Erro
         let mut times = tally.pictures.clone();
         times.sort_by(f64::total_cmp);
         let at = |share: f64| times.get((times.len() as f64 * share) as usize).copied();
-        let rate = times.len() as f64 / span.as_secs_f64();
+        let rate = times.len() as f64 / (span.as_secs_f64() * (1.0 - WARM_UP));
         println!(
             "| {clients} | {} | {rate:.2} | {:.2} s | {:.2} s | {} | {} |",
             times.len(),
@@ -144,9 +144,7 @@ fn start(options: &Options) -> Result<(Child, String), Error> {
         .join("lorikeet");
     let mut command = Command::new(&binary);
     command.args(["serve", "--model", "demo", "--listen", "127.0.0.1:0"]);
-    if let Some(queue) = options.queue {
-        command.args(["--queue", &queue.to_string()]);
-    }
+    command.args(&options.server);
     let mut server = command.stderr(Stdio::piped()).spawn().map_err(|error| {
         format!(
             "{}: {error}; build it first: cargo build --release",
@@ -173,15 +171,17 @@ fn stop(server: &mut Child) -> Result<std::process::ExitStatus, Error> {
     Ok(server.wait()?)
 }
 
-/// Has `clients` ask for pictures for `span`. A picture that is not done by then does not count.
+/// Has `clients` ask for pictures for `span`. Those that are finished between the warm-up and the
+/// end count: as much work is begun before that time as is left over after it.
 async fn load(client: &Client, url: &str, steps: u32, clients: usize, span: Duration) -> Tally {
+    let warm = Instant::now() + span.mul_f64(WARM_UP);
     let end = Instant::now() + span;
     let tasks: Vec<_> = (0..clients)
         .map(|number| {
             let (client, url) = (client.clone(), url.to_owned());
             tokio::spawn(async move {
                 let mut tally = Tally::default();
-                let work = ask(&client, &url, steps, number, &mut tally);
+                let work = ask(&client, &url, steps, number, warm, &mut tally);
                 // Dropped in the middle of a request, as a client that leaves.
                 let _ = time::timeout_at(end.into(), work).await;
                 tally
@@ -203,10 +203,18 @@ async fn load(client: &Client, url: &str, steps: u32, clients: usize, span: Dura
 }
 
 /// One client: a picture after the other, and a pause where the server asks for one.
-async fn ask(client: &Client, url: &str, steps: u32, number: usize, tally: &mut Tally) {
+async fn ask(
+    client: &Client,
+    url: &str,
+    steps: u32,
+    number: usize,
+    warm: Instant,
+    tally: &mut Tally,
+) {
     for picture in 0.. {
         let started = Instant::now();
         match paint(client, url, steps, number * 100_000 + picture).await {
+            Ok(None) if Instant::now() < warm => {}
             Ok(None) => tally.pictures.push(started.elapsed().as_secs_f64()),
             Ok(Some(pause)) => {
                 tally.told_to_wait += 1;
