@@ -51,6 +51,8 @@ struct Options {
 /// What clients saw.
 #[derive(Debug, Default)]
 struct Tally {
+    /// Pictures a second after the warm-up.
+    rate: f64,
     /// Seconds each picture took, of those that were finished after the warm-up.
     pictures: Vec<f64>,
     /// Answers of 429 with a usable Retry-After.
@@ -81,7 +83,7 @@ async fn measure(options: &Options, url: &str, server: u32) -> Result<bool, Erro
 
     let alone = Duration::from_secs(options.seconds) / 4;
     eprintln!("one client for {:.0} s", alone.as_secs_f64());
-    let one = load(&client, url, options.steps, 1, alone).await;
+    let one = load(&client, url, options.steps, 1, alone).await?;
 
     let span = Duration::from_secs(options.seconds);
     eprintln!(
@@ -90,27 +92,26 @@ async fn measure(options: &Options, url: &str, server: u32) -> Result<bool, Erro
         span.as_secs_f64()
     );
     let memory = tokio::spawn(watch_memory(server, span));
-    let many = load(&client, url, options.steps, options.clients, span).await;
+    let many = load(&client, url, options.steps, options.clients, span).await?;
     let memory = memory.await??;
 
     println!("| clients | pictures | per second | median | 95 % | 429 | errors |");
     println!("|--:|--:|--:|--:|--:|--:|--:|");
-    let rates = [(1, &one, alone), (options.clients, &many, span)].map(|(clients, tally, span)| {
+    for (clients, tally) in [(1, &one), (options.clients, &many)] {
         let mut times = tally.pictures.clone();
         times.sort_by(f64::total_cmp);
         let at = |share: f64| times.get((times.len() as f64 * share) as usize).copied();
-        let rate = times.len() as f64 / (span.as_secs_f64() * (1.0 - WARM_UP));
         println!(
-            "| {clients} | {} | {rate:.2} | {:.2} s | {:.2} s | {} | {} |",
+            "| {clients} | {} | {:.2} | {:.2} s | {:.2} s | {} | {} |",
             times.len(),
+            tally.rate,
             at(0.5).unwrap_or(f64::NAN),
             at(0.95).unwrap_or(f64::NAN),
             tally.told_to_wait,
             tally.errors.len(),
         );
-        rate
-    });
-    let ratio = rates[1] / rates[0];
+    }
+    let ratio = many.rate / one.rate;
     let Memory {
         first,
         last,
@@ -171,9 +172,17 @@ fn stop(server: &mut Child) -> Result<std::process::ExitStatus, Error> {
     Ok(server.wait()?)
 }
 
-/// Has `clients` ask for pictures for `span`. Those that are finished between the warm-up and the
-/// end count: as much work is begun before that time as is left over after it.
-async fn load(client: &Client, url: &str, steps: u32, clients: usize, span: Duration) -> Tally {
+/// Has `clients` ask for pictures for `span`.
+///
+/// The rate is reckoned from the server's count of steps: pictures of a batch are finished at the
+/// same time, and counting them would be off by half a batch at either end.
+async fn load(
+    client: &Client,
+    url: &str,
+    steps: u32,
+    clients: usize,
+    span: Duration,
+) -> Result<Tally, Error> {
     let warm = Instant::now() + span.mul_f64(WARM_UP);
     let end = Instant::now() + span;
     let tasks: Vec<_> = (0..clients)
@@ -188,7 +197,14 @@ async fn load(client: &Client, url: &str, steps: u32, clients: usize, span: Dura
             })
         })
         .collect();
-    let mut sum = Tally::default();
+    time::sleep_until(warm.into()).await;
+    let (before, from) = (steps_done(client, url).await?, Instant::now());
+    time::sleep_until(end.into()).await;
+    let done = steps_done(client, url).await? - before;
+    let mut sum = Tally {
+        rate: done / f64::from(steps) / from.elapsed().as_secs_f64(),
+        ..Tally::default()
+    };
     for task in tasks {
         match task.await {
             Ok(tally) => {
@@ -199,7 +215,22 @@ async fn load(client: &Client, url: &str, steps: u32, clients: usize, span: Dura
             Err(error) => sum.errors.push(error.to_string()),
         }
     }
-    sum
+    Ok(sum)
+}
+
+/// Denoising steps the server has done so far.
+async fn steps_done(client: &Client, url: &str) -> Result<f64, Error> {
+    let text = client
+        .get(format!("{url}/metrics"))
+        .send()
+        .await?
+        .text()
+        .await?;
+    let mut lines = text.lines();
+    let steps = lines.find_map(|line| line.strip_prefix("lorikeet_steps_total "));
+    Ok(steps
+        .ok_or("no lorikeet_steps_total in /metrics")?
+        .parse()?)
 }
 
 /// One client: a picture after the other, and a pause where the server asks for one.
