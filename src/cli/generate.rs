@@ -85,6 +85,7 @@ pub(super) struct GenerateOptions {
         long,
         env = "LORIKEET_GUIDANCE",
         value_name = "X",
+        allow_negative_numbers = true,
         help_heading = "Picture"
     )]
     guidance: Option<f64>,
@@ -138,6 +139,7 @@ pub(super) struct GenerateOptions {
         long,
         env = "LORIKEET_STRENGTH",
         value_name = "X",
+        allow_negative_numbers = true,
         requires = "image",
         help_heading = "From a picture"
     )]

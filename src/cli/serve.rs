@@ -141,6 +141,7 @@ pub(super) struct ServeOptions {
         long,
         env = "LORIKEET_DEFAULT_GUIDANCE",
         value_name = "X",
+        allow_negative_numbers = true,
         help_heading = "Defaults of requests"
     )]
     default_guidance: Option<f64>,
