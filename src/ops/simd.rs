@@ -60,7 +60,7 @@ pub(super) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// `e^x` to about 1e-7, for x from -87 to 88; what lies outside is taken for the nearer end.
+/// `e^x` to about 1e-7 for x from -87 to 88, 0 below and infinite above.
 ///
 /// `x = n ln 2 + r` with `|r| <= ln 2 / 2`; the polynomial is the Taylor series of `e^r` to the
 /// seventh power, whose rest is below 5e-9.
@@ -71,8 +71,6 @@ pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {
     /// ln 2 in two parts, the first of which is exact in products with small integers.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = if x < -87.0 { -87.0 } else { x };
-    let x = if x > 88.0 { 88.0 } else { x };
     let rounded = fma::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
     let n = rounded - ROUND;
     let r = fma::<FMA>(n, -LN2_HIGH, x);
@@ -89,7 +87,9 @@ pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {
     ] {
         p = fma::<FMA>(p, r, c);
     }
-    f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23))
+    let y = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
+    let y = if x < -87.0 { 0.0 } else { y };
+    if x > 88.0 { f32::INFINITY } else { y }
 }
 
 /// `1 / (1 + e^-x)`.
@@ -141,7 +141,9 @@ mod tests {
             }
         }
         assert_eq!(exp::<true>(0.0), 1.0);
-        assert!(exp::<true>(-1e30) < 2e-38);
+        assert_eq!(exp::<true>(-1e30), 0.0);
+        assert_eq!(exp::<true>(1e30), f32::INFINITY);
+        assert!(exp::<true>(f32::NAN).is_nan());
         // Values of the normal distribution, from tables.
         for (x, exact) in [
             (0.0, 0.5),
