@@ -16,6 +16,7 @@ use clap::Parser;
 use lorikeet::{
     models::{Model, ModelSource},
     noise::Generator,
+    ops,
     pipeline::{
         Pipeline,
         request::{Limits, RequestDraft},
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
 
 fn measure(options: &Options) -> Outcome<Vec<f64>> {
     let device = Device::Cpu;
+    ops::keep_freed();
     let model = Model::load(&options.model, &device, DType::F32)?;
     let mut noise = Generator::new(1);
     let mut randn = |shape: &[usize]| {

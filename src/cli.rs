@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 
 pub use boot::{BootError, open_engine};
 
-use crate::config::InvalidOption;
+use crate::{config::InvalidOption, ops};
 
 /// Stable Diffusion in one binary: over HTTP, or straight into a file
 #[derive(Debug, Parser)]
@@ -74,6 +74,8 @@ impl From<InvalidOption> for Failure {
 
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
+    // Before there is a second thread.
+    ops::keep_freed();
     let result = match Cli::parse().command {
         Command::Serve(options) => serve::run(options),
         Command::Generate(options) => generate::run(options),

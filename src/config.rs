@@ -119,6 +119,28 @@ impl Defaults {
             }
             (model.width, model.height) = (width, height);
         }
+        // Else every request that leaves size or steps open would be refused, one by one.
+        let (width, height) = (model.width, model.height);
+        if width.max(height) > limits.max_side {
+            return Err(refuse(
+                "max-size",
+                format!(
+                    "is {}, below the {width}x{height} that the model paints by default; raise it or \
+                     set --default-size",
+                    limits.max_side
+                ),
+            ));
+        }
+        if self.steps.is_none() && model.steps > limits.max_steps {
+            return Err(refuse(
+                "max-steps",
+                format!(
+                    "is {}, below the {} that the model takes by default; raise it or set \
+                     --default-steps",
+                    limits.max_steps, model.steps
+                ),
+            ));
+        }
         model.steps = self.steps.unwrap_or(model.steps);
         model.guidance_scale = self.guidance_scale.unwrap_or(model.guidance_scale);
         model.scheduler = self.scheduler.unwrap_or(model.scheduler);
@@ -195,6 +217,17 @@ mod tests {
         defaults.apply(&mut model, &limits).unwrap();
         assert_eq!((model.width, model.height, model.steps), (96, 64, 20));
         assert_eq!(model.scheduler, SchedulerKind::Euler);
+        let tight = Limits {
+            max_side: 96,
+            max_steps: 19,
+            ..Limits::default()
+        };
+        let refused =
+            |defaults: &Defaults| defaults.apply(&mut own.clone(), &tight).unwrap_err().option;
+        assert_eq!(refused(&Defaults::default()), "max-size");
+        assert_eq!(refused(&defaults), "max-steps");
+        defaults.steps = Some(19);
+        assert!(defaults.apply(&mut own.clone(), &tight).is_ok());
         defaults.size = Some((97, 64));
         let error = defaults.apply(&mut own.clone(), &limits).unwrap_err();
         assert_eq!(error.option, "default-size");

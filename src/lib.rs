@@ -1,7 +1,108 @@
 //! Lorikeet: Stable Diffusion over HTTP, with LoRA adapters swapped per request.
 //!
+//! This page is the map of the house. The binary is the product; the library exists so that tests,
+//! examples and benches can enter by any door.
+//!
+//! # The house
+//!
+//! | room | what happens there | what it does not know |
+//! |---|---|---|
+//! | [`cli`] | `serve`, `generate`, `openapi`, `healthcheck`; options become a [`config::Config`] | |
+//! | [`config`] | what the operator decides, checked once and passed whole | |
+//! | [`telemetry`] | logs and the metrics recorder | |
+//! | [`api`] | HTTP: routes, fields, answers, the table from errors to statuses | tensors |
+//! | [`engine`] | the queue, the batcher, the device thread, progress, health | HTTP |
+//! | [`pipeline`] | from a checked request to pixels, one evaluation of the model at a time | threads |
+//! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
+//! | [`noise`] | PyTorch's random numbers | everything else |
+//! | [`models`] | CLIP, UNet, VAE, tokenizer, and reading them from a folder | requests |
+//! | [`ops`] | convolution, attention, norms, matrix products | models |
+//!
 //! Dependencies point one way:
-//! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise} -> ops`.
+//! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise}`, and `models -> ops`.
+//! Three types are all that passes between the upper rooms: a dialect's fields become a
+//! [`RequestDraft`], validation makes an [`ImageRequest`] of it, and the engine answers with
+//! [`Picture`]s.
+//!
+//! # First walk: a picture's way
+//!
+//! `POST /v1/images/generations` with `{"prompt": "a red mushroom", "seed": 7}`.
+//!
+//! 1. **The door.** `api/layers.rs` gives the request an id, a span and a place in the metrics.
+//!    `api/images.rs` checks the content type, `api/body.rs` reads the body within its bounds of
+//!    size and time, and `api/fields.rs` takes the fields out of it one by one; what nobody takes is
+//!    named in the answer's `warnings`. (`api/edits.rs` does the same for forms, and `api/upload.rs`
+//!    decodes their pictures under limits.)
+//! 2. **One request.** `api/parameters.rs` writes a [`RequestDraft`], and
+//!    [`RequestDraft::validate`] makes an [`ImageRequest`]: every default filled in, every bound
+//!    checked, errors naming field, limit and fix. From here on no value can be wrong. The command
+//!    line enters the house at this point (`cli/generate.rs`).
+//! 3. **The queue.** [`Painter::submit`] is all that the upper rooms know of the engine. It gives a
+//!    [`Job`] or says at once why not: full (429), draining or broken (503). Dropping the job is
+//!    how a client leaves; nothing else has to be told.
+//! 4. **The device thread** (`engine/worker.rs`) owns the model. Between two steps it drops what was
+//!    abandoned and takes in what waits: [`Pipeline::begin`] encodes the prompt (cached), draws the
+//!    noise of each picture from a [`Generator`] of its own, and readies a [`Sampler`].
+//! 5. **A step.** `engine/batcher.rs`, a pure function, picks pictures of one latent shape, longest
+//!    wait first. [`Pipeline::predict`] runs the UNet once for all their rows, two for a picture
+//!    with guidance, a timestep per row; [`Pipeline::advance`] hands each picture its own share.
+//!    Rows share a forward and nothing else: not the prompt, the steps, the scheduler or the
+//!    guidance, and the numbers of a row do not depend on its neighbours. A failure or a panic fails
+//!    the pictures concerned; if the device then no longer answers a probe, the process says so in
+//!    `/readyz` and paints no more.
+//! 6. **Pixels.** When its sampler is done, [`Pipeline::decode`] has the VAE make a picture, in
+//!    tiles where it is large. Progress and previews went through a watch channel all the while
+//!    (`api/sse.rs` streams them); the result comes through a one-shot channel.
+//! 7. **The file.** `api/encode.rs` writes PNG, JPEG or WebP on a blocking thread, and
+//!    `api/paint.rs` answers with JSON, bytes or events.
+//!
+//! # Second walk: a model's way
+//!
+//! `lorikeet serve --model DIR`, or nothing, for the demo model inside the binary.
+//!
+//! 1. **Options** (`cli/options.rs`) become a [`config::Config`]; what is wrong with them is said
+//!    before anything is read. The server listens first and loads then (`cli/serve.rs`), so that
+//!    probes have an answer: `/startupz` and `/readyz` say 503, `/livez` says 200.
+//! 2. **Files.** [`Model::load`] reads a folder in diffusers' layout: `model_index.json`, then each
+//!    part's `config.json`. A value that is not supported is an error that names file and key, never
+//!    a silently different picture. `models/weights.rs` finds the weights (whole, sharded or
+//!    `.fp16`), `models/header.rs` checks the safetensors header before a byte of it is believed,
+//!    and tensors are read one by one, converted to the device's arithmetic.
+//! 3. **Sites.** While the parts are built, every linear map, convolution and norm is recorded under
+//!    its diffusers name as a [`Site`]. Adapters will hang their deltas there.
+//! 4. **The pipeline** joins the model with its scheduler's config ([`Pipeline::new`]), and
+//!    [`engine::open`] runs it once on zeros, so that a device that cannot do it is found now and
+//!    not by the first client.
+//! 5. **The engine** starts its thread ([`Engine::start`]), the operator's defaults are put over the
+//!    model's, and [`AppState::set_painter`] opens the door: `/readyz` says 200.
+//! 6. **The way out** (`api/serve.rs`). A signal turns `/readyz` to 503; requests are still taken
+//!    for the drain delay; then the listener closes, the queue refuses, and what was accepted is
+//!    finished within the drain timeout.
+//!
+//! # Where to look when …
+//!
+//! - a picture differs from diffusers': `tests/reference` makes the golden files, and the
+//!   `golden_tests.rs` of each room compares with them, part by part.
+//! - an answer is wrong: `tests/http` talks to real servers; `api/error.rs` has the table.
+//! - it is slow: `ops`, and `benches` for a run side by side with PyTorch.
+//!
+//! [`RequestDraft`]: pipeline::request::RequestDraft
+//! [`RequestDraft::validate`]: pipeline::request::RequestDraft::validate
+//! [`ImageRequest`]: pipeline::request::ImageRequest
+//! [`Picture`]: engine::Picture
+//! [`Painter::submit`]: engine::Painter::submit
+//! [`Job`]: engine::Job
+//! [`Engine::start`]: engine::Engine::start
+//! [`Pipeline::new`]: pipeline::Pipeline::new
+//! [`Pipeline::begin`]: pipeline::Pipeline::begin
+//! [`Pipeline::predict`]: pipeline::Pipeline::predict
+//! [`Pipeline::advance`]: pipeline::Pipeline::advance
+//! [`Pipeline::decode`]: pipeline::Pipeline::decode
+//! [`Generator`]: noise::Generator
+//! [`Sampler`]: schedulers::Sampler
+//! [`Model::load`]: models::Model::load
+//! [`Site`]: models::Site
+//! [`AppState::set_painter`]: api::AppState::set_painter
 
 pub mod api;
 pub mod cli;

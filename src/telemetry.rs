@@ -1,6 +1,9 @@
 //! Logs and metrics, set up once per process.
 
-use std::{io, sync::OnceLock};
+use std::{
+    io::{self, IsTerminal as _},
+    sync::OnceLock,
+};
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -26,6 +29,8 @@ pub fn init_logs(format: LogFormat, filter: &str) -> Result<(), String> {
     let filter = EnvFilter::try_new(filter).map_err(|error| error.to_string())?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // Colours are for people, not for files and collectors.
+        .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
     // It fails only where a subscriber is there already.
     let _ = match format {
@@ -54,6 +59,11 @@ fn install() -> Result<PrometheusHandle, String> {
         "lorikeet_http_request_duration_seconds",
         Unit::Seconds,
         "From a request's headers to its answer's headers"
+    );
+    describe_histogram!(
+        "lorikeet_forward_seconds",
+        Unit::Seconds,
+        "One denoising step of a batch"
     );
     describe_gauge!("lorikeet_ready", "1 while /readyz says 200");
     describe_gauge!(

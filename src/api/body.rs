@@ -1,9 +1,13 @@
 //! Request bodies: read once, whole, within the operator's bounds.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use axum::{body::Body, http::HeaderMap, http::header};
 use futures::StreamExt as _;
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, MapAccess, Visitor},
+};
 use serde_json::{Map, Value};
 use tokio::time;
 
@@ -68,15 +72,40 @@ pub(super) async fn read(body: Body, settings: &HttpSettings) -> Result<Vec<u8>,
 /// Parses a JSON object. Errors carry line, column and the top-level field they stand in.
 pub(super) fn parse_object(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
     match serde_json::from_slice(bytes) {
-        Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => Err(ApiError::BrokenJson {
-            message: "it must be an object, such as {\"prompt\": \"a red fox\"}".into(),
-            field: None,
-        }),
+        Ok(Once(map)) => Ok(map),
         Err(error) => Err(ApiError::BrokenJson {
             field: field_at(bytes, error.line(), error.column()),
             message: error.to_string(),
         }),
+    }
+}
+
+/// A JSON object in which each name stands once: of two values, which one was meant?
+struct Once(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Once {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Once;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object, such as {\"prompt\": \"a red fox\"}")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Once, A::Error> {
+                let mut map = Map::new();
+                while let Some((name, value)) = entries.next_entry::<String, Value>()? {
+                    if map.contains_key(&name) {
+                        let name = clip(&name);
+                        return Err(A::Error::custom(format!("`{name}` is there twice")));
+                    }
+                    map.insert(name, value);
+                }
+                Ok(Once(map))
+            }
+        }
+        deserializer.deserialize_map(Entries)
     }
 }
 
@@ -136,7 +165,7 @@ mod tests {
 
     #[test]
     fn broken_json_names_line_column_and_field() {
-        let table: [(&str, Option<&str>, &str); 8] = [
+        let table: [(&str, Option<&str>, &str); 9] = [
             ("", None, "line 1 column 0"),
             ("{", None, "line 1 column 1"),
             (
@@ -148,7 +177,12 @@ mod tests {
             (r#"{"a": {"b": [1, 2}}"#, Some("a"), "line 1"),
             (r#"{"pro\"mpt": x}"#, Some(r#"pro\"mpt"#), "line 1"),
             (r#"{"prompt": "a: b", }"#, None, "line 1"),
-            ("[1]", None, "must be an object"),
+            ("[1]", None, "expected an object, such as"),
+            (
+                "{\"n\": 1,\n \"n\": 2}",
+                Some("n"),
+                "`n` is there twice at line 2",
+            ),
         ];
         for (json, name, text) in table {
             let Err(ApiError::BrokenJson { message, field }) = parse_object(json.as_bytes()) else {

@@ -3,11 +3,16 @@
 use std::sync::LazyLock;
 
 use axum::{
-    http::header,
-    response::{IntoResponse, Redirect},
+    Router,
+    extract::Request,
+    http::{StatusCode, header},
+    middleware::{self, Next},
+    response::{IntoResponse, Redirect, Response},
 };
 use utoipa::OpenApi;
 use utoipa_swagger_ui::{Config, SwaggerUi};
+
+use super::ApiError;
 
 /// What the document says beside its routes.
 #[derive(OpenApi)]
@@ -39,11 +44,23 @@ pub(super) async fn openapi_json() -> impl IntoResponse {
 }
 
 /// The page at `/docs`, all of it inside the binary.
-pub(super) fn swagger_ui() -> SwaggerUi {
+pub(super) fn swagger_ui<S: Clone + Send + Sync + 'static>() -> Router<S> {
     let config = Config::from("/openapi.json")
         .try_it_out_enabled(true)
+        // By default the page shows the document to a validator on the web.
+        .validator_url("none")
         .default_models_expand_depth(0);
-    SwaggerUi::new("/docs").config(config)
+    Router::from(SwaggerUi::new("/docs").config(config)).layer(middleware::from_fn(no_such_file))
+}
+
+/// Swagger UI says 404 without a word.
+async fn no_such_file(request: Request, next: Next) -> Response {
+    let path = request.uri().path().to_owned();
+    let response = next.run(request).await;
+    match response.status() {
+        StatusCode::NOT_FOUND => ApiError::NoSuchRoute { path }.into_response(),
+        _ => response,
+    }
 }
 
 /// `/` shows the documentation until there is more to show.

@@ -1,5 +1,7 @@
 //! `POST /v1/images/edits`: a picture, perhaps a mask, and a prompt.
 
+use std::borrow::Cow;
+
 use axum::{
     body::Body,
     extract::{
@@ -87,7 +89,8 @@ pub(super) struct EditJson {
         (status = 413, description = "The body is too large", body = ErrorBody),
         (status = 415, description = "The body is neither a form nor JSON", body = ErrorBody),
         (status = 422, description = "A field cannot be used; `param` names it", body = ErrorBody),
-        (status = 429, description = "The queue is full; see Retry-After", body = ErrorBody),
+        (status = 429, description = "The queue is full", body = ErrorBody,
+            headers(("Retry-After" = u64, description = "Seconds until there may be room"))),
         (status = 503, description = "Loading, shutting down or out of order", body = ErrorBody),
         (status = 504, description = "The picture took too long", body = ErrorBody)))]
 pub(super) async fn edit_image(
@@ -152,7 +155,7 @@ fn no_image() -> ApiError {
     ApiError::field("image", "is missing; send a PNG, JPEG or WebP")
 }
 
-fn several(field: &'static str) -> ApiError {
+fn several(field: impl Into<Cow<'static, str>>) -> ApiError {
     ApiError::field(field, "was sent more than once; one per request")
 }
 
@@ -166,7 +169,9 @@ async fn read_form(parts: Parts, bytes: Vec<u8>) -> Result<Sent, ApiError> {
         .map_err(|error| ApiError::BrokenForm(error.body_text()))?;
     let (mut image, mut mask, mut map) = (None, None, Map::new());
     while let Some(part) = form.next_field().await.map_err(broken)? {
-        let name = part.name().unwrap_or_default().to_owned();
+        let Some(name) = part.name().map(str::to_owned) else {
+            return Err(ApiError::BrokenForm("a part has no name".into()));
+        };
         match name.as_str() {
             "image" | "image[]" => {
                 if image
@@ -189,7 +194,9 @@ async fn read_form(parts: Parts, bytes: Vec<u8>) -> Result<Sent, ApiError> {
                 let Ok(text) = String::from_utf8(value.to_vec()) else {
                     return Err(ApiError::field(clip(&name), "must be text in UTF-8"));
                 };
-                map.insert(name, Value::String(text));
+                if map.insert(name.clone(), Value::String(text)).is_some() {
+                    return Err(several(clip(&name)));
+                }
             }
         }
     }

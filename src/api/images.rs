@@ -33,7 +33,8 @@ use super::{
         (status = 413, description = "The body is too large", body = ErrorBody),
         (status = 415, description = "The body is not JSON", body = ErrorBody),
         (status = 422, description = "A field cannot be used; `param` names it", body = ErrorBody),
-        (status = 429, description = "The queue is full; see Retry-After", body = ErrorBody),
+        (status = 429, description = "The queue is full", body = ErrorBody,
+            headers(("Retry-After" = u64, description = "Seconds until there may be room"))),
         (status = 503, description = "Loading, shutting down or out of order", body = ErrorBody),
         (status = 504, description = "The picture took too long", body = ErrorBody)))]
 pub(super) async fn create_image(

@@ -18,6 +18,7 @@ mod fields;
 mod health;
 mod images;
 mod layers;
+mod metadata;
 mod metrics;
 mod models;
 mod paint;
@@ -31,7 +32,7 @@ use axum::{Router, routing::get};
 use utoipa::OpenApi as _;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-pub use encode::{OutputFormat, encode, encode_plain};
+pub use encode::{EncodeError, OutputFormat, encode, encode_plain};
 pub use error::ApiError;
 pub(crate) use parameters::parse_size;
 pub use serve::{Drain, serve};

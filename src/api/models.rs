@@ -2,7 +2,7 @@
 
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
 };
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -65,9 +65,13 @@ pub(super) async fn list_models(
         (status = 503, description = "Still loading", body = ErrorBody)))]
 pub(super) async fn get_model(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
     let info = state.painter()?.info();
+    // What is no text can be no name.
+    let Ok(Path(id)) = id else {
+        return Err(no_such_model("\u{fffd}", info));
+    };
     if id == info.name {
         return Ok(Json(info.into()));
     }

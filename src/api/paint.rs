@@ -60,9 +60,13 @@ impl Order {
         info: &ModelInfo,
     ) -> Result<Self, ApiError> {
         warnings.extend(models::resolve(parameters.model.as_deref(), info)?);
-        let request = draft
+        let mut request = draft
             .validate(&info.defaults, &info.limits)
             .map_err(|error| parameters.rename_side(error.into()))?;
+        if !parameters.stream {
+            // Each costs a decode, and nobody would see it.
+            request.previews = 0;
+        }
         Ok(Self {
             route,
             parameters,

@@ -52,8 +52,10 @@ pub(super) struct ImageParameters {
     #[schema(example = "128x128")]
     pub size: Option<String>,
     /// `b64_json` (default), or `url` for a `data:` URL.
+    #[schema(required = false)]
     pub response_format: ResponseFormat,
     /// `png` (default), `jpeg` or `webp`.
+    #[schema(required = false)]
     pub output_format: OutputFormat,
     /// Quality of a JPEG, 0 to 100; 95 by default. PNG and WebP are written without loss.
     #[schema(maximum = 100)]
@@ -61,6 +63,7 @@ pub(super) struct ImageParameters {
     /// `opaque` or `auto`; pictures have no transparency.
     pub background: Option<String>,
     /// Answer with server-sent events: previews, then the pictures.
+    #[schema(required = false)]
     pub stream: bool,
     /// Number of previews in a stream.
     #[schema(maximum = 16, default = 0)]
@@ -151,8 +154,14 @@ impl ImageParameters {
         if more > 0 {
             warnings.push(format!("{more} more unknown fields are ignored"));
         }
-        if self.background.as_deref() == Some("transparent") {
+        if !matches!(
+            self.background.as_deref(),
+            None | Some("" | "auto" | "opaque")
+        ) {
             warnings.push("`background`: pictures have no transparency".into());
+        }
+        if !self.stream && self.partial_images.is_some_and(|count| count > 0) {
+            warnings.push("`partial_images`: only a stream shows them; send `stream` too".into());
         }
         let lossy = self.output_format == OutputFormat::Jpeg;
         if !lossy && self.output_compression.is_some_and(|level| level < 100) {
@@ -247,6 +256,11 @@ mod tests {
         ImageParameters::read(&mut fields).unwrap();
         assert_eq!(fields.left_over().count(), 0);
         assert_eq!(documented.len(), 19);
+        assert_eq!(
+            schema["required"],
+            json!(["prompt"]),
+            "all else has a default"
+        );
     }
 
     #[test]

@@ -6,6 +6,9 @@ use tokio::{net::TcpListener, sync::oneshot, time};
 
 use super::{AppState, app};
 
+/// How often the histograms' samples are summed up: until then each one is kept.
+const UPKEEP: Duration = Duration::from_secs(5);
+
 /// How the server leaves.
 #[derive(Debug, Clone, Copy)]
 pub struct Drain {
@@ -31,7 +34,12 @@ pub async fn serve(
         // A dropped sender closes too.
         let _ = closing.await;
     });
-    let mut server = std::pin::pin!(async { server.await });
+    let mut server = std::pin::pin!(async {
+        tokio::select! {
+            result = server.into_future() => result,
+            () = upkeep(&state) => unreachable!("it has no end"),
+        }
+    });
     tokio::select! {
         // Only an error of the listener ends the server before it is told to.
         result = &mut server => return result,
@@ -69,5 +77,13 @@ pub async fn serve(
             );
             Ok(())
         }
+    }
+}
+
+/// Keeps the metrics in bounded memory where nobody asks for them.
+async fn upkeep(state: &AppState) {
+    loop {
+        time::sleep(UPKEEP).await;
+        state.metrics().run_upkeep();
     }
 }

@@ -28,7 +28,8 @@ pub fn open_engine(config: &Config) -> Result<Arc<dyn Painter>, BootError> {
     let engine = opened.start(EngineConfig {
         queue: config.queue,
         max_rows: config.max_batch,
-        // Twice what fits a forward: pictures of another size need not wait for a free place.
+        // A guided picture is two rows, so these are twice as many pictures as fit a forward: those of
+        // another size, which step in turns, need not wait for a free place.
         max_running: config.max_batch,
     })?;
     Ok(Arc::new(engine))

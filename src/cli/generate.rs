@@ -18,7 +18,7 @@ use super::{
 use crate::{
     api::{OutputFormat, decode_image, decode_mask, encode, encode_plain},
     config::Defaults,
-    engine::{Job, ModelInfo, Painter, Picture},
+    engine::{Job, JobError, ModelInfo, Painter, Picture},
     pipeline::request::{ImageRequest, InvalidField, Limits, RequestDraft},
     schedulers::SchedulerKind,
     telemetry::{self, LogFormat},
@@ -34,9 +34,14 @@ Examples:
   lorikeet generate \"a red fox\" --negative snow -n 4 --scheduler euler_a --steps 30
   lorikeet generate \"a blue fox\" --image fox.png --strength 0.6 -o blue.png
   lorikeet generate \"a hat\" --image fox.png --mask where.png -o hat.png
-  echo \"a red fox\" | lorikeet generate - -o - > fox.png")]
+  lorikeet generate \"a (red:1.3) fox, [snow]\"
+  echo \"a red fox\" | lorikeet generate - -o - > fox.png
+
+Prompts, as in AUTOMATIC1111:
+  (word) counts 1.1 times as much, (word:1.3) 1.3 times, [word] less; \\( and \\) are brackets.
+  BREAK starts a new chunk of 75 tokens; a long prompt does so by itself, at a comma near its end.")]
 pub(super) struct GenerateOptions {
-    /// What to paint; `-` reads it from standard input
+    /// What to paint, words weighed as shown below; `-` reads it from standard input
     prompt: String,
     /// File to write; `-` is standard output
     #[arg(
@@ -51,7 +56,7 @@ pub(super) struct GenerateOptions {
     #[arg(long, env = "LORIKEET_FORMAT", value_enum)]
     format: Option<OutputFormat>,
 
-    /// What to keep out of the picture
+    /// What to keep out of the picture, written like the prompt
     #[arg(
         long,
         env = "LORIKEET_NEGATIVE",
@@ -80,6 +85,7 @@ pub(super) struct GenerateOptions {
         long,
         env = "LORIKEET_GUIDANCE",
         value_name = "X",
+        allow_negative_numbers = true,
         help_heading = "Picture"
     )]
     guidance: Option<f64>,
@@ -133,6 +139,7 @@ pub(super) struct GenerateOptions {
         long,
         env = "LORIKEET_STRENGTH",
         value_name = "X",
+        allow_negative_numbers = true,
         requires = "image",
         help_heading = "From a picture"
     )]
@@ -278,7 +285,10 @@ async fn show(job: Job) -> Result<Vec<Picture>, Failure> {
         () = steps => unreachable!("the loop above has no end"),
     };
     bar.finish_and_clear();
-    result.map_err(|error| Failure::new(error.to_string()))
+    result.map_err(|error| match error {
+        JobError::Invalid { field, message } => refused(InvalidField { field, message }),
+        error => Failure::new(error.to_string()),
+    })
 }
 
 /// Where pictures go and as what.

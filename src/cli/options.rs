@@ -5,6 +5,7 @@ use crate::{
     config::{Config, Defaults, InvalidOption},
     engine::{DeviceChoice, Precision},
     models::ModelSource,
+    ops,
     pipeline::request::Limits,
     schedulers::SchedulerKind,
 };
@@ -23,7 +24,7 @@ pub(super) struct ModelOptions {
     /// Where to paint: auto, cpu, or cuda:N
     #[arg(long, env = "LORIKEET_DEVICE", default_value_t = DeviceChoice::Auto, value_name = "auto|cpu|cuda:N")]
     device: DeviceChoice,
-    /// Arithmetic of the models; auto is f32 on a CPU and f16 on a GPU
+    /// Arithmetic of the models; auto is f32 on a CPU, which knows no other, and f16 on a GPU
     #[arg(long, env = "LORIKEET_DTYPE", default_value_t = Precision::Auto, value_name = "auto|f32|f16|bf16")]
     dtype: Precision,
     /// CPU threads for painting [default: one per core]
@@ -32,7 +33,7 @@ pub(super) struct ModelOptions {
 }
 
 impl ModelOptions {
-    /// Checks the options, and sizes the thread pool by them: call it once, before any painting.
+    /// Checks the options, and sizes the thread pools by them: call it once, before any painting.
     pub(super) fn into_config(
         self,
         max_batch: usize,
@@ -52,10 +53,12 @@ impl ModelOptions {
         }
         .validate()?;
         if let Some(threads) = config.threads {
-            // It fails only when the pool is running already, and then with its size.
+            // Our operations have a pool of their own; candle's and the picture formats share rayon's.
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-            if let Err(error) = pool.build_global() {
-                tracing::warn!(%error, "--threads has no effect");
+            let ours = ops::set_threads(threads);
+            // They fail only when they are running already, and then with their size.
+            if !ours || pool.build_global().is_err() {
+                tracing::warn!("--threads comes too late: the threads are running already");
             }
         }
         Ok(config)

@@ -20,9 +20,9 @@ use crate::{
 
 /// Serve pictures over HTTP
 ///
-/// Answers at once; /readyz says 200 when the model is loaded. On SIGTERM or Ctrl-C it drains:
-/// /readyz says 503, requests are taken for --drain-delay more, and what was accepted is finished
-/// within --drain-timeout. A second signal ends it at once.
+/// Listens while the model loads; /readyz says 200 once it paints. On SIGTERM or Ctrl-C it drains:
+/// /readyz says 503, requests are taken for --drain-delay seconds more, and what was accepted is
+/// finished within --drain-timeout. A second signal ends it at once.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -31,7 +31,8 @@ Examples:
   curl http://127.0.0.1:8080/v1/images/generations -H 'Content-Type: application/json' \\
        -H 'Accept: image/png' -d '{\"prompt\": \"a red fox in the snow\", \"seed\": 7}' -o fox.png
 
-The API is documented at /docs of the running server.")]
+Prompts weigh words as AUTOMATIC1111 does: (word:1.3), [word], BREAK. The API is documented at
+/docs of the running server.")]
 pub(super) struct ServeOptions {
     #[command(flatten, next_help_heading = "Model")]
     model: ModelOptions,
@@ -140,6 +141,7 @@ pub(super) struct ServeOptions {
         long,
         env = "LORIKEET_DEFAULT_GUIDANCE",
         value_name = "X",
+        allow_negative_numbers = true,
         help_heading = "Defaults of requests"
     )]
     default_guidance: Option<f64>,

@@ -94,9 +94,21 @@ impl Admission {
         Some(ticket)
     }
 
-    /// Jobs waiting.
+    /// Jobs waiting, without those whose client has left.
     pub fn len(&self) -> usize {
-        self.lock().waiting.len()
+        let state = self.lock();
+        let waiting = state.waiting.iter();
+        waiting.filter(|ticket| !ticket.abandoned()).count()
+    }
+
+    /// Pictures that the waiting jobs are for.
+    pub fn pictures(&self) -> u64 {
+        let state = self.lock();
+        let waiting = state.waiting.iter();
+        waiting
+            .filter(|ticket| !ticket.abandoned())
+            .map(|ticket| u64::from(ticket.request.n))
+            .sum()
     }
 
     /// Refuses new tickets from now on; those inside stay.

@@ -23,6 +23,10 @@ use crate::pipeline::request::ImageRequest;
 /// candle walks its graphs by recursion, and debug builds have large frames.
 const WORKER_STACK: usize = 64 << 20;
 
+/// Bounds of Retry-After. OpenAI's client obeys it up to two minutes.
+const SOONEST: Duration = Duration::from_secs(1);
+const LATEST: Duration = Duration::from_secs(120);
+
 /// How much the engine takes on at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -63,6 +67,24 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    fn new(config: EngineConfig) -> Self {
+        Self {
+            admission: Admission::new(config.queue),
+            health: watch::Sender::new(Health::Healthy),
+            drained: watch::Sender::new(false),
+            max_rows: config.max_rows.max(1),
+            max_running: config.max_running.max(1),
+            running_rows: AtomicUsize::new(0),
+            steps: AtomicU64::new(0),
+            pictures: AtomicU64::new(0),
+            picture_micros: AtomicU64::new(0),
+        }
+    }
+
+    pub fn is_healthy(&self) -> bool {
+        *self.health.borrow() == Health::Healthy
+    }
+
     /// Stops painting for good, once.
     pub fn breaks(&self, cause: String) {
         self.health.send_if_modified(|health| {
@@ -90,9 +112,9 @@ impl Shared {
 
     /// When trying again makes sense: by then about half of the queue has been painted.
     fn retry_after(&self) -> Duration {
-        let picture = Duration::from_micros(self.picture_micros.load(Relaxed));
-        let wait = picture.saturating_mul(self.admission.len().div_ceil(2) as u32);
-        wait.clamp(Duration::from_secs(1), Duration::from_secs(120))
+        let half = self.admission.pictures().div_ceil(2);
+        let micros = self.picture_micros.load(Relaxed).saturating_mul(half);
+        Duration::from_micros(micros).clamp(SOONEST, LATEST)
     }
 }
 
@@ -115,17 +137,7 @@ impl Engine {
         info: ModelInfo,
         config: EngineConfig,
     ) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            admission: Admission::new(config.queue),
-            health: watch::Sender::new(Health::Healthy),
-            drained: watch::Sender::new(false),
-            max_rows: config.max_rows.max(1),
-            max_running: config.max_running.max(1),
-            running_rows: AtomicUsize::new(0),
-            steps: AtomicU64::new(0),
-            pictures: AtomicU64::new(0),
-            picture_micros: AtomicU64::new(0),
-        });
+        let shared = Arc::new(Shared::new(config));
         let worker = Worker::new(backend, shared.clone());
         thread::Builder::new()
             .name("device".into())
@@ -137,7 +149,7 @@ impl Engine {
 
 impl Painter for Engine {
     fn submit(&self, request: ImageRequest) -> Result<Job, SubmitError> {
-        if *self.shared.health.borrow() != Health::Healthy {
+        if !self.shared.is_healthy() {
             return Err(SubmitError::Broken);
         }
         let (progress, watching) = watch::channel(Progress::default());
@@ -152,6 +164,8 @@ impl Painter for Engine {
             Err(Refused::Full) => Err(SubmitError::QueueFull {
                 retry_after: self.shared.retry_after(),
             }),
+            // The device may have broken since the look at its health.
+            Err(Refused::Closed) if !self.shared.is_healthy() => Err(SubmitError::Broken),
             Err(Refused::Closed) => Err(SubmitError::Draining),
         }
     }
@@ -190,5 +204,40 @@ impl Painter for Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.shared.admission.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::tests::request;
+
+    #[test]
+    fn retry_after_follows_the_queue_and_the_time_of_a_picture() {
+        let shared = Shared::new(EngineConfig::default());
+        let seconds = || shared.retry_after().as_secs();
+        assert_eq!(seconds(), 1, "nothing is known");
+        shared.saw_picture(Duration::from_secs(10));
+        assert_eq!(seconds(), 1, "nothing waits");
+        let mut waiting = Vec::new();
+        for n in [1, 4] {
+            let (result, outcome) = oneshot::channel();
+            let mut request = request(1, 1);
+            request.n = n;
+            let ticket = Ticket {
+                request,
+                progress: watch::Sender::new(Progress::default()),
+                result,
+            };
+            shared.admission.push(ticket).unwrap();
+            waiting.push(outcome);
+        }
+        assert_eq!(seconds(), 30, "three of five pictures");
+        shared.saw_picture(Duration::from_secs(5));
+        assert_eq!(seconds(), 27, "the average follows");
+        shared.saw_picture(Duration::from_secs(100_000));
+        assert_eq!(seconds(), 120, "no client waits longer");
+        waiting.clear();
+        assert_eq!(seconds(), 1, "all have left");
     }
 }

@@ -15,6 +15,8 @@ mod painter;
 mod pipeline_backend;
 mod worker;
 
+#[cfg(all(test, feature = "demo-model"))]
+mod independence_tests;
 #[cfg(test)]
 mod tests;
 

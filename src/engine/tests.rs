@@ -35,11 +35,17 @@ struct Fake {
     broken: Arc<AtomicBool>,
     /// When set, every forward waits for a message.
     gate: Option<mpsc::Receiver<()>>,
+    /// What decoding a picture takes.
+    decode: Duration,
 }
 
 const FAILS: u64 = 666;
 const PANICS: u64 = 667;
 const BREAKS: u64 = 668;
+const FAILS_TO_DECODE: u64 = 669;
+const FORGOTTEN: u64 = 670;
+/// A width that makes the worker itself panic, outside of all guards.
+const BUG: u32 = 13;
 
 impl Backend for Fake {
     type Painting = Sketch;
@@ -65,6 +71,7 @@ impl Backend for Fake {
     }
 
     fn view(painting: &Sketch) -> View {
+        assert_ne!(painting.shape[1], BUG as usize);
         View {
             shape: painting.shape,
             rows: if painting.guided { 2 } else { 1 },
@@ -86,7 +93,8 @@ impl Backend for Fake {
         if seeds.contains(&FAILS) || seeds.contains(&BREAKS) {
             return Err(BackendError::Failed("as the seed says".into()));
         }
-        Ok(vec![(); batch.len()])
+        let forgotten = seeds.iter().filter(|&&seed| seed == FORGOTTEN).count();
+        Ok(vec![(); batch.len() - forgotten])
     }
 
     fn advance(&mut self, painting: &mut Sketch, (): ()) -> Result<(), BackendError> {
@@ -103,6 +111,10 @@ impl Backend for Fake {
     }
 
     fn finish(&mut self, painting: Sketch) -> Result<Picture, BackendError> {
+        std::thread::sleep(self.decode);
+        if painting.seed == FAILS_TO_DECODE {
+            return Err(BackendError::Failed("as the seed says".into()));
+        }
         Ok(Picture {
             image: RgbImage::from_pixel(2, 1, [painting.done as u8, 7, 7].into()),
             seed: painting.seed,
@@ -136,7 +148,7 @@ fn info() -> ModelInfo {
     }
 }
 
-fn request(seed: u64, steps: u32) -> ImageRequest {
+pub(super) fn request(seed: u64, steps: u32) -> ImageRequest {
     ImageRequest {
         prompt: "a test".into(),
         negative_prompt: String::new(),
@@ -247,10 +259,10 @@ async fn a_failure_or_a_panic_takes_only_its_own_request() {
     let (engine, open, _) = gated(EngineConfig::default());
     let hold = engine.submit(request(9, 1)).unwrap();
     until(|| engine.stats().running_rows == 2).await;
-    let jobs: Vec<_> = [1, FAILS, 2, PANICS, 3]
+    let jobs: Vec<_> = [1, FAILS, 2, PANICS, 3, FAILS_TO_DECODE, FORGOTTEN]
         .map(|seed| engine.submit(request(seed, 3)).unwrap())
         .into();
-    for _ in 0..40 {
+    for _ in 0..60 {
         open.send(()).unwrap();
     }
     hold.finish().await.unwrap();
@@ -265,6 +277,8 @@ async fn a_failure_or_a_panic_takes_only_its_own_request() {
         |i: usize, text: &str| matches!(&outcomes[i], Err(JobError::Failed(e)) if e.contains(text));
     assert!(failed(1, "as the seed says"), "{:?}", outcomes[1]);
     assert!(failed(3, "panic: "), "{:?}", outcomes[3]);
+    assert!(failed(5, "as the seed says"), "{:?}", outcomes[5]);
+    assert!(failed(6, "predicted 0 of 1"), "{:?}", outcomes[6]);
     assert_eq!(*engine.health().borrow(), Health::Healthy);
 }
 
@@ -283,6 +297,10 @@ async fn a_request_that_cannot_begin_fails_alone() {
             ..
         })
     ));
+    let mut nothing = request(1, 2);
+    nothing.n = 0;
+    let nothing = engine.submit(nothing).unwrap().finish().await;
+    assert!(matches!(nothing, Err(JobError::Failed(_))));
     let panicked = engine.submit(panics).unwrap().finish().await;
     assert!(matches!(panicked, Err(JobError::Failed(_))));
     assert!(engine.submit(request(1, 2)).unwrap().finish().await.is_ok());
@@ -374,4 +392,113 @@ async fn draining_finishes_what_was_taken_in_and_refuses_the_rest() {
     for job in jobs {
         job.finish().await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_forward_takes_guided_and_unguided_pictures_up_to_its_rows() {
+    let (engine, open, log) = gated(EngineConfig {
+        max_rows: 4,
+        ..EngineConfig::default()
+    });
+    let hold = engine.submit(request(9, 1)).unwrap();
+    until(|| engine.stats().running_rows == 2).await;
+    // Seeds below 10 are guided: two rows.
+    let jobs = [1, 2, 10, 3, 11].map(|seed| {
+        let mut request = request(seed, 4);
+        request.guidance_scale = if seed < 10 { 5.0 } else { 1.0 };
+        engine.submit(request).unwrap()
+    });
+    for _ in 0..30 {
+        open.send(()).unwrap();
+    }
+    hold.finish().await.unwrap();
+    for job in jobs {
+        job.finish().await.unwrap();
+    }
+    let log = log.lock().unwrap();
+    let rows = |batch: &Vec<u64>| -> usize {
+        batch
+            .iter()
+            .map(|&seed| if seed < 10 { 2 } else { 1 })
+            .sum()
+    };
+    assert!(log.iter().all(|batch| rows(batch) <= 4), "{log:?}");
+    let mixed = |batch: &Vec<u64>| batch.len() == 3 && rows(batch) == 4;
+    assert!(log.iter().any(mixed), "{log:?}");
+}
+
+#[tokio::test]
+async fn decoding_a_crowd_does_not_stop_the_others_steps() {
+    let decode = Duration::from_millis(50);
+    let (open, gate) = mpsc::channel();
+    let fake = Fake {
+        gate: Some(gate),
+        decode,
+        ..Fake::default()
+    };
+    let engine = start(fake, EngineConfig::default());
+    let hold = engine.submit(request(9, 1)).unwrap();
+    until(|| engine.stats().running_rows == 2).await;
+    let mut crowd = request(1, 1);
+    crowd.n = 3;
+    let crowd = engine.submit(crowd).unwrap();
+    let other = engine.submit(request(7, 3)).unwrap();
+    // Long enough for the holding forward to make room for both beginnings.
+    tokio::time::sleep(decode * 2).await;
+    open.send(()).unwrap();
+    // This forward takes no time, so only one picture is decoded before the next.
+    open.send(()).unwrap();
+    hold.finish().await.unwrap();
+    until(|| engine.stats().pictures == 2).await;
+    tokio::time::sleep(decode * 3).await;
+    assert_eq!(engine.stats().pictures, 2, "the others wait for a step");
+    assert_eq!(other.progress().borrow().step, 1);
+    for _ in 0..4 {
+        open.send(()).unwrap();
+    }
+    assert_eq!(crowd.finish().await.unwrap().len(), 3);
+    assert_eq!(other.finish().await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_while_waiting_is_never_painted() {
+    let (engine, open, log) = gated(EngineConfig {
+        max_running: 1,
+        ..EngineConfig::default()
+    });
+    let hold = engine.submit(request(9, 1)).unwrap();
+    until(|| engine.stats().running_rows == 2).await;
+    let leaves = engine.submit(request(1, 1)).unwrap();
+    let stays = engine.submit(request(2, 1)).unwrap();
+    assert_eq!(engine.stats().queued, 2);
+    drop(leaves);
+    assert_eq!(engine.stats().queued, 1);
+    for _ in 0..4 {
+        open.send(()).unwrap();
+    }
+    hold.finish().await.unwrap();
+    stays.finish().await.unwrap();
+    assert_eq!(*log.lock().unwrap(), [[9], [2]]);
+}
+
+#[tokio::test]
+async fn a_bug_in_the_worker_breaks_the_engine_and_leaves_nobody_waiting() {
+    let (engine, open, _) = gated(EngineConfig {
+        max_running: 1,
+        ..EngineConfig::default()
+    });
+    let hold = engine.submit(request(9, 1)).unwrap();
+    until(|| engine.stats().running_rows == 2).await;
+    let mut bug = request(1, 1);
+    bug.width = BUG;
+    let jobs = [bug, request(2, 1)].map(|request| engine.submit(request).unwrap());
+    open.send(()).unwrap();
+    hold.finish().await.unwrap();
+    for job in jobs {
+        assert!(matches!(job.finish().await, Err(JobError::Failed(_))));
+    }
+    engine.drained().await;
+    assert!(matches!(&*engine.health().borrow(), Health::Broken(_)));
+    let refused = engine.submit(request(3, 1));
+    assert!(matches!(refused, Err(SubmitError::Broken)));
 }

@@ -3,6 +3,7 @@
 
 use std::{
     any::Any,
+    collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
@@ -12,16 +13,19 @@ use tokio::sync::{oneshot, watch};
 use tracing::{debug, error, info, warn};
 
 use super::{
-    Health, JobError, Picture, Progress,
+    JobError, Picture, Progress,
     admission::Ticket,
     backend::{Backend, BackendError},
     batcher::{self, Candidate},
     engine::Shared,
 };
+use crate::ops;
 
 /// How long an idle worker sleeps before it looks around by itself: a wake-up may be missed
 /// between its look at the queue and its wait, but never for longer than this.
 const IDLE_LOOK: Duration = Duration::from_millis(100);
+/// Looks of an idle worker, two seconds of them, after which no picture is expected at once.
+const LOOKS_BEFORE_REST: u32 = 20;
 
 /// A request whose pictures are being painted.
 struct Active {
@@ -61,10 +65,15 @@ pub(super) struct Worker<B: Backend> {
     shared: Arc<Shared>,
     jobs: Vec<Active>,
     running: Vec<Running<B::Painting>>,
+    /// Pictures that have had their last step and wait to be decoded.
+    stepped: VecDeque<Running<B::Painting>>,
     turn: u64,
     next_job: u64,
+    last_forward: Duration,
     /// When the worker last finished a picture or began to work after idling.
     since: Option<Instant>,
+    /// Looks at an empty queue since the last step.
+    idle_looks: u32,
 }
 
 /// Turns a panic into an error: nothing unwinds out of a backend call.
@@ -88,9 +97,12 @@ impl<B: Backend> Worker<B> {
             shared,
             jobs: Vec::new(),
             running: Vec::new(),
+            stepped: VecDeque::new(),
             turn: 0,
             next_job: 0,
+            last_forward: Duration::ZERO,
             since: None,
+            idle_looks: 0,
         }
     }
 
@@ -98,32 +110,52 @@ impl<B: Backend> Worker<B> {
     pub fn run(mut self) {
         // Also runs if our own code panics, so that nobody waits for a thread that is gone.
         let _end = EndOfWork(self.shared.clone());
-        while self.shared.health.borrow().is_healthy() {
+        while self.shared.is_healthy() {
             self.forget_abandoned();
-            self.admit();
-            if self.running.is_empty() {
+            // A decode takes about as long as a step, and so may a beginning. Between two steps they
+            // get as long as the step took, and one of each always happens: a crowd that comes or
+            // leaves at once slows the others down and does not stop them.
+            let until = Instant::now() + self.last_forward;
+            self.finish(until);
+            self.admit(until);
+            if !self.running.is_empty() {
+                self.idle_looks = 0;
+                self.since.get_or_insert_with(Instant::now);
+                self.step();
+            } else if self.stepped.is_empty() {
                 self.since = None;
                 if self.shared.admission.finished() {
                     info!("queue closed and empty; the device worker stops");
                     break;
                 }
                 self.shared.admission.wait(IDLE_LOOK);
-                continue;
+                self.rest();
             }
-            self.since.get_or_insert_with(Instant::now);
-            self.step();
         }
         for job in &mut self.jobs {
             job.settle(Err(JobError::Failed("the device is out of order".into())));
         }
     }
 
-    /// Takes waiting requests in while there is room in the running batch.
-    fn admit(&mut self) {
-        while self.running.len() < self.shared.max_running
+    /// Called after each look of an idle worker: once the idling has lasted, memory kept for the next
+    /// picture goes back to the system.
+    fn rest(&mut self) {
+        self.idle_looks = self.idle_looks.saturating_add(1);
+        if self.idle_looks == LOOKS_BEFORE_REST {
+            ops::give_back_freed();
+        }
+    }
+
+    /// Takes waiting requests in while there is room among the running ones, and time.
+    fn admit(&mut self, until: Instant) {
+        while self.shared.is_healthy()
+            && self.running.len() + self.stepped.len() < self.shared.max_running
             && let Some(ticket) = self.shared.admission.pop()
         {
             self.begin(ticket);
+            if Instant::now() >= until {
+                break;
+            }
         }
         self.count_rows();
     }
@@ -145,6 +177,9 @@ impl<B: Backend> Worker<B> {
         };
         let backend = &mut self.backend;
         match guarded(|| backend.begin(&request)) {
+            Ok(paintings) if paintings.is_empty() => {
+                job.settle(Err(JobError::Failed("the backend began no picture".into())));
+            }
             Ok(paintings) => {
                 let of = paintings.iter().map(|p| B::view(p).of).sum();
                 job.progress.send_modify(|p| p.of = of);
@@ -164,6 +199,7 @@ impl<B: Backend> Worker<B> {
                             }),
                     );
                 self.jobs.push(job);
+                self.retire();
             }
             Err(BackendError::Invalid { field, message }) => {
                 job.settle(Err(JobError::Invalid { field, message }));
@@ -178,18 +214,35 @@ impl<B: Backend> Worker<B> {
 
     /// Drops the pictures of clients that left.
     fn forget_abandoned(&mut self) {
-        let before = self.running.len();
+        let before = self.running.len() + self.stepped.len();
         self.jobs.retain_mut(|job| !job.abandoned());
-        let jobs = &self.jobs;
-        self.running
-            .retain(|row| jobs.iter().any(|job| job.id == row.job));
-        if self.running.len() < before {
+        self.drop_orphans();
+        let dropped = before - self.running.len() - self.stepped.len();
+        if dropped > 0 {
             debug!(
-                pictures = before - self.running.len(),
+                pictures = dropped,
                 "the client left; its pictures are dropped"
             );
-            self.count_rows();
         }
+    }
+
+    /// Drops the pictures whose job is over.
+    fn drop_orphans(&mut self) {
+        let jobs = &self.jobs;
+        let wanted = |row: &Running<_>| jobs.iter().any(|job| job.id == row.job);
+        self.running.retain(wanted);
+        self.stepped.retain(wanted);
+        self.count_rows();
+    }
+
+    /// Puts the pictures that have had their last step aside.
+    fn retire(&mut self) {
+        let last = |row: &mut Running<_>| {
+            let view = B::view(&row.painting);
+            view.done >= view.of
+        };
+        self.stepped.extend(self.running.extract_if(.., last));
+        self.count_rows();
     }
 
     /// One forward for the pictures whose turn it is, and what follows from it.
@@ -214,7 +267,8 @@ impl<B: Backend> Worker<B> {
         let started = Instant::now();
         let mut failed = Vec::new();
         let predictions = self.predict(&batch, &mut failed);
-        metrics::histogram!("lorikeet_forward_seconds").record(started.elapsed().as_secs_f64());
+        self.last_forward = started.elapsed();
+        metrics::histogram!("lorikeet_forward_seconds").record(self.last_forward.as_secs_f64());
         for (i, prediction) in predictions {
             let row = &mut self.running[i];
             let (backend, painting) = (&mut self.backend, &mut row.painting);
@@ -228,8 +282,9 @@ impl<B: Backend> Worker<B> {
             let job = self.running[i].job;
             self.fail(job, error);
         }
-        self.finish_done();
-        self.forget_abandoned();
+        self.send_previews(&batch, Instant::now() + self.last_forward);
+        self.drop_orphans();
+        self.retire();
         if any_failed {
             self.check_device();
         }
@@ -245,7 +300,14 @@ impl<B: Backend> Worker<B> {
         let (backend, running) = (&mut self.backend, &self.running);
         let mut attempt = |some: &[usize]| {
             let paintings: Vec<&B::Painting> = some.iter().map(|&i| &running[i].painting).collect();
-            guarded(|| backend.predict(&paintings))
+            let predictions = guarded(|| backend.predict(&paintings))?;
+            // One too few would leave a picture where it is for ever.
+            if predictions.len() != some.len() {
+                let (got, of) = (predictions.len(), some.len());
+                let cause = format!("the backend predicted {got} of {of} pictures");
+                return Err(BackendError::Failed(cause));
+            }
+            Ok(predictions)
         };
         match attempt(batch) {
             Ok(predictions) => batch.iter().copied().zip(predictions).collect(),
@@ -267,73 +329,82 @@ impl<B: Backend> Worker<B> {
         }
     }
 
-    /// Tells the client how far its job is, with a preview where one is due.
+    /// Tells the client how far its job is.
     fn report(&mut self, i: usize) {
         self.shared.steps.fetch_add(1, Relaxed);
         let row = &self.running[i];
-        let view = B::view(&row.painting);
-        let Some(job) = self.jobs.iter().find(|job| job.id == row.job) else {
-            return;
-        };
-        let sent = job.progress.borrow().previews_sent;
-        // Previews follow the first picture of a request.
-        let due = row.index == 0 && preview_due(view.done, view.of, job.previews_wanted, sent);
-        let mut preview = None;
-        if due && !job.abandoned() {
+        if let Some(job) = self.jobs.iter().find(|job| job.id == row.job) {
+            job.progress.send_modify(|p| p.step += 1);
+        }
+    }
+
+    /// Decodes the previews that are due, at least one. What there is no time for is due again after
+    /// the picture's next step.
+    fn send_previews(&mut self, batch: &[usize], until: Instant) {
+        for &i in batch {
+            let row = &self.running[i];
+            let Some(job) = self.jobs.iter().find(|job| job.id == row.job) else {
+                continue;
+            };
+            let view = B::view(&row.painting);
+            let sent = job.progress.borrow().previews_sent;
+            // Previews follow the first picture of a request.
+            let due = row.index == 0 && preview_due(view.done, view.of, job.previews_wanted, sent);
+            if !due || job.abandoned() {
+                continue;
+            }
             let backend = &mut self.backend;
             match guarded(|| backend.preview(&row.painting)) {
-                Ok(image) => preview = Some(Arc::new(image)),
+                Ok(image) => job.progress.send_modify(|p| {
+                    p.preview = Some(Arc::new(image));
+                    p.previews_sent += 1;
+                }),
                 // A picture without its preview is worth more than no picture.
                 Err(error) => warn!(%error, "a preview failed"),
             }
-        }
-        job.progress.send_modify(|p| {
-            p.step += 1;
-            if let Some(image) = preview {
-                p.preview = Some(image);
-                p.previews_sent += 1;
+            if Instant::now() >= until {
+                return;
             }
-        });
+        }
     }
 
-    /// Decodes the pictures that have had their last step, and settles jobs that are complete.
-    fn finish_done(&mut self) {
-        let mut i = 0;
-        while i < self.running.len() {
-            let view = B::view(&self.running[i].painting);
-            if view.done < view.of {
-                i += 1;
-                continue;
-            }
-            let row = self.running.remove(i);
-            let Some(at) = self.jobs.iter().position(|job| job.id == row.job) else {
-                continue;
-            };
-            if self.jobs[at].abandoned() {
-                continue;
-            }
+    /// Decodes pictures that have had their last step, at least one, and settles jobs that are
+    /// complete.
+    fn finish(&mut self, until: Instant) {
+        while self.shared.is_healthy()
+            && let Some(row) = self.stepped.pop_front()
+        {
             let backend = &mut self.backend;
             match guarded(|| backend.finish(row.painting)) {
                 Ok(picture) => {
                     self.shared.pictures.fetch_add(1, Relaxed);
                     self.time_picture();
-                    let job = &mut self.jobs[at];
-                    job.pictures[row.index] = Some(picture);
-                    if job.pictures.iter().all(Option::is_some) {
-                        let pictures = job.pictures.drain(..).flatten().collect();
-                        job.settle(Ok(pictures));
-                        self.jobs.remove(at);
-                    }
+                    self.deliver(row.job, row.index, picture);
                 }
                 Err(error) => {
                     self.fail(row.job, error);
                     self.check_device();
-                    // Rows of the failed job may have gone from anywhere.
-                    i = 0;
                 }
             }
+            if Instant::now() >= until {
+                break;
+            }
+            self.forget_abandoned();
         }
-        self.count_rows();
+    }
+
+    /// Puts a finished picture into its place; with the last one the job is done.
+    fn deliver(&mut self, job: u64, index: usize, picture: Picture) {
+        let Some(at) = self.jobs.iter().position(|active| active.id == job) else {
+            return;
+        };
+        let job = &mut self.jobs[at];
+        job.pictures[index] = Some(picture);
+        if job.pictures.iter().all(Option::is_some) {
+            let pictures = job.pictures.drain(..).flatten().collect();
+            job.settle(Ok(pictures));
+            self.jobs.remove(at);
+        }
     }
 
     /// Ends one job, and no other, with an error.
@@ -351,8 +422,7 @@ impl<B: Backend> Worker<B> {
 
     /// After a failure: does the device still work? If not, painting stops for good.
     fn check_device(&mut self) {
-        self.running
-            .retain(|row| self.jobs.iter().any(|job| job.id == row.job));
+        self.drop_orphans();
         let backend = &mut self.backend;
         if let Err(error) = guarded(|| backend.probe()) {
             error!(%error, "the device no longer answers: no more pictures from this process");
@@ -404,12 +474,6 @@ impl Drop for EndOfWork {
         }
         shared.running_rows.store(0, Relaxed);
         shared.drained.send_replace(true);
-    }
-}
-
-impl Health {
-    fn is_healthy(&self) -> bool {
-        *self == Health::Healthy
     }
 }
 

@@ -37,6 +37,10 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
             v.dims()
         )
     }
+    #[cfg(feature = "flash-attn")]
+    if fits_flash([q, k, v], c / heads) {
+        return flash([q, k, v], heads, c / heads, causal);
+    }
     if !host::is_plain([q, k, v]) || q.elem_count() == 0 {
         return reference::attention(q, k, v, heads, causal);
     }
@@ -57,6 +61,31 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
             })
         }
     })
+}
+
+/// Whether candle's FlashAttention kernel takes these: half precision on a GPU, without gradients
+/// (it has no backward pass), with a head it was compiled for.
+#[cfg(feature = "flash-attn")]
+fn fits_flash(tensors: [&Tensor; 3], depth: usize) -> bool {
+    use candle_core::DType;
+    depth.is_multiple_of(8)
+        && depth <= 256
+        && tensors.iter().all(|t| {
+            t.device().is_cuda() && matches!(t.dtype(), DType::F16 | DType::BF16) && !t.track_op()
+        })
+}
+
+/// FlashAttention 2 (Dao 2023).
+#[cfg(feature = "flash-attn")]
+fn flash(tensors: [&Tensor; 3], heads: usize, depth: usize, causal: bool) -> Result<Tensor> {
+    let split = |t: &Tensor| {
+        let (b, tokens, _) = t.dims3()?;
+        t.contiguous()?.reshape((b, tokens, heads, depth))
+    };
+    let [q, k, v] = tensors;
+    let scale = 1.0 / (depth as f32).sqrt();
+    candle_flash_attn::flash_attn(&split(q)?, &split(k)?, &split(v)?, scale, causal)?
+        .reshape(q.shape())
 }
 
 #[derive(Debug, Clone, Copy)]

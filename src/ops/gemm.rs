@@ -6,7 +6,7 @@
 //! k alone, and [`kernel`](super::kernel) keeps the order inside a block, so a row of the result is
 //! the same to the last bit in any batch and on any number of threads.
 
-use super::host::Out;
+use super::host::{Out, Place};
 use super::kernel::{self, COLS, Call, Kernel, Line};
 use super::parallel;
 use std::ops::Range;
@@ -54,18 +54,20 @@ impl Packed {
         let panels = outputs.div_ceil(COLS);
         let per_panel = taps * depth;
         let mut lines = vec![Line::ZERO; panels * per_panel];
-        if per_panel > 0 {
-            for (p, panel) in lines.chunks_exact_mut(per_panel).enumerate() {
-                for lane in 0..COLS.min(outputs - p * COLS) {
-                    let row = &weight[(p * COLS + lane) * per_panel..][..per_panel];
-                    for (k, w) in row.chunks_exact(taps).enumerate() {
-                        for (tap, w) in w.iter().enumerate() {
-                            panel[tap * depth + k].0[lane] = *w;
-                        }
+        let place = Place::new(&mut lines);
+        // Loading a model is mostly this.
+        parallel::run(panels, |p| {
+            // SAFETY: every task has a panel of its own.
+            let panel = unsafe { place.part(p * per_panel, per_panel) };
+            for lane in 0..COLS.min(outputs - p * COLS) {
+                let row = &weight[(p * COLS + lane) * per_panel..][..per_panel];
+                for (k, w) in row.chunks_exact(taps.max(1)).enumerate() {
+                    for (tap, w) in w.iter().enumerate() {
+                        panel[tap * depth + k].0[lane] = *w;
                     }
                 }
             }
-        }
+        });
         let bias = bias.map(|b| {
             let mut padded = vec![0.0; panels * COLS];
             padded[..outputs].copy_from_slice(b);

@@ -32,25 +32,39 @@ pub(super) fn with_slices<const N: usize, R>(
 }
 
 /// A place that several tasks write to, each its own part.
-#[derive(Clone, Copy)]
-pub(super) struct Out(*mut f32);
+pub(super) struct Place<T>(*mut T);
+
+/// A place for numbers.
+pub(super) type Out = Place<f32>;
+
+impl<T> Clone for Place<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Place<T> {}
 
 // SAFETY: only a pointer; every use of it is an `unsafe` call whose caller keeps parts apart.
-unsafe impl Sync for Out {}
+unsafe impl<T: Send> Sync for Place<T> {}
 // SAFETY: as above.
-unsafe impl Send for Out {}
+unsafe impl<T: Send> Send for Place<T> {}
 
-impl Out {
-    pub(super) fn ptr(self) -> *mut f32 {
+impl<T> Place<T> {
+    pub(super) fn new(items: &mut [T]) -> Self {
+        Self(items.as_mut_ptr())
+    }
+
+    pub(super) fn ptr(self) -> *mut T {
         self.0
     }
 
-    /// Numbers `start..start + len`.
+    /// Items `start..start + len`.
     ///
     /// # Safety
     /// They lie inside the place, hold values already (or are only written), and no other
     /// reference to them is alive.
-    pub(super) unsafe fn part<'a>(self, start: usize, len: usize) -> &'a mut [f32] {
+    pub(super) unsafe fn part<'a>(self, start: usize, len: usize) -> &'a mut [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
@@ -67,7 +81,7 @@ pub(super) unsafe fn new_tensor(
     let shape = shape.into();
     let len = shape.elem_count();
     let mut data = Vec::<f32>::with_capacity(len);
-    write(Out(data.as_mut_ptr()))?;
+    write(Place(data.as_mut_ptr()))?;
     // SAFETY: `write` has initialised `len` numbers, as the caller promises.
     unsafe { data.set_len(len) };
     Tensor::from_vec(data, shape, &Device::Cpu)

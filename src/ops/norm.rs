@@ -1,7 +1,7 @@
 use candle_core::{Result, Tensor, bail};
 
 use super::gemm;
-use super::host::{self, Out};
+use super::host::{self, Out, Place};
 use super::parallel;
 use super::reference;
 use super::simd::{Level, fma, sigmoid, vectorised};
@@ -78,13 +78,13 @@ impl Affine {
         let piece = (TASK / c).max(1);
         let pieces = rows.div_ceil(piece);
         let mut sums = vec![[0f32; 2]; b * pieces * c];
-        let places = Places(sums.as_mut_ptr());
+        let place = Place::new(&mut sums);
         run(b * pieces, b * rows * c, |task| {
             let (item, n) = (task / pieces, task % pieces);
             let item = &x[item * rows * c..][..rows * c];
             let end = rows.min((n + 1) * piece);
             // SAFETY: tasks write different parts of `sums`.
-            let sums = unsafe { places.part(task * c, c) };
+            let sums = unsafe { place.part(task * c, c) };
             moments(level, &item[n * piece * c..end * c], &item[..c], sums);
         });
         let width = c / groups;
@@ -144,22 +144,6 @@ impl Affine {
                 false => affine(level, x, scale, shift, out),
             }
         });
-    }
-}
-
-/// As [`Out`], for pairs.
-#[derive(Clone, Copy)]
-struct Places(*mut [f32; 2]);
-
-// SAFETY: only a pointer; every use of it is an `unsafe` call whose caller keeps parts apart.
-unsafe impl Sync for Places {}
-
-impl Places {
-    /// # Safety
-    /// As [`Out::part`].
-    unsafe fn part<'a>(self, start: usize, len: usize) -> &'a mut [[f32; 2]] {
-        // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
 }
 

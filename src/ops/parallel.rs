@@ -189,10 +189,18 @@ impl Pool {
     }
 }
 
-/// The machine's threads, or what `RAYON_NUM_THREADS` says: candle's own operations obey that too,
-/// so one variable rules both.
+static THREADS: OnceLock<usize> = OnceLock::new();
+
+/// Sets how many threads the operations use, this one included. Returns whether they do: once the
+/// first of them has run, the number stays.
+pub fn set_threads(threads: usize) -> bool {
+    let threads = threads.max(1);
+    *THREADS.get_or_init(|| threads) == threads
+}
+
+/// What [`set_threads`] said; else what `RAYON_NUM_THREADS` says, as candle's own operations obey
+/// that too; else the machine's threads.
 fn configured_threads() -> usize {
-    static THREADS: OnceLock<usize> = OnceLock::new();
     *THREADS.get_or_init(|| {
         std::env::var("RAYON_NUM_THREADS")
             .ok()
@@ -250,6 +258,14 @@ mod tests {
                 });
             }
         });
+    }
+
+    #[test]
+    fn the_number_of_threads_stays_once_it_is_used() {
+        let threads = configured_threads();
+        assert!(set_threads(threads));
+        assert!(!set_threads(threads + 1));
+        assert_eq!(configured_threads(), threads);
     }
 
     #[test]

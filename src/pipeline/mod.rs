@@ -10,9 +10,12 @@
 //! it takes the sample of the image's latents from the first generator alone; here a picture never
 //! depends on its siblings.
 
+mod chunks;
 mod conditioning;
+mod emphasis;
 mod painting;
 mod pixels;
+mod prompt;
 pub mod request;
 
 #[cfg(test)]
@@ -69,9 +72,9 @@ impl Pipeline {
         let schedulers =
             SchedulerConfig::from_json(&model.scheduler_config)?.for_stable_diffusion();
         Ok(Self {
+            conditioner: Conditioner::new(&model.tokenizer),
             model,
             schedulers,
-            conditioner: Conditioner::new(),
             device,
         })
     }

@@ -9,6 +9,7 @@ use image::{
     imageops::{self, FilterType},
 };
 
+use super::prompt;
 use crate::schedulers::{SchedulerKind, UnknownScheduler};
 
 /// Guidance above this only burns the picture; samplers overflow long before infinity.
@@ -75,7 +76,7 @@ impl Default for Limits {
 pub struct ModelDefaults {
     pub width: u32,
     pub height: u32,
-    /// Sides must be multiples of this many pixels (the VAE's factor times what the UNet halves).
+    /// Sides must be multiples of this many pixels (the VAE's factor).
     pub side_multiple: u32,
     pub steps: u32,
     pub guidance_scale: f64,
@@ -258,6 +259,8 @@ fn check_text(field: &'static str, text: &str, limits: &Limits) -> Result<(), In
             ),
         ));
     }
+    // Read for its errors alone, which the client is to see before its turn comes.
+    prompt::parse(text).map_err(|error| InvalidField::new(field, error.to_string()))?;
     Ok(())
 }
 
@@ -464,6 +467,14 @@ mod tests {
             }),
             ("negative_prompt", "16384", |d| {
                 d.negative_prompt = Some("x".repeat(100_000))
+            }),
+            (
+                "prompt",
+                "`:1.2.3)` is not a weight; write one as in",
+                |d| d.prompt = "a (fox:1.2.3)".into(),
+            ),
+            ("negative_prompt", "from -100 to 100", |d| {
+                d.negative_prompt = Some("((".repeat(8000) + "a")
             }),
             ("width", "from 8 to 2048 pixels, got 0; try 8", |d| {
                 d.width = Some(0)

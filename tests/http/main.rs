@@ -1,0 +1,15 @@
+//! The server as its users meet it: over real HTTP on the demo model, and through the real binary.
+//!
+//! One server with one engine answers most tests, all at the same time; tests that need a server in
+//! a certain state start their own. Pictures are small and have few steps wherever their content
+//! does not matter.
+
+mod bad_input;
+mod command_line;
+mod edits;
+mod generations;
+mod lifecycle;
+mod metadata;
+mod operations;
+mod streaming;
+mod support;
