@@ -184,6 +184,14 @@ fn weight_files(files: &Files, part: &str, stem: &str) -> Result<Vec<String>, Lo
             })?;
         shards.insert(format!("{part}/{shard}"));
     }
+    if shards.is_empty() {
+        return Err(LoadError::Config {
+            file: label,
+            key: "weight_map".into(),
+            found: "{}".into(),
+            expected: "at least one tensor".into(),
+        });
+    }
     Ok(shards.into_iter().collect())
 }
 

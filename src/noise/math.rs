@@ -27,7 +27,7 @@ pub(super) fn ln(x: f32) -> f32 {
     ];
     // ln 2 in two parts, the larger one exact in few bits.
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0;
 
     // x = mantissa · 2^exponent, the mantissa in [0.5, 1), then in [sqrt(1/2), sqrt(2)) minus 1.
     let bits = x.to_bits();

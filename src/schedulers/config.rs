@@ -98,7 +98,8 @@ pub struct SchedulerConfig {
     /// Refused: for flow-matching models.
     pub use_flow_sigmas: Option<bool>,
     pub final_sigmas_type: Option<FinalSigmas>,
-    /// Bounds of Karras and exponential sigmas (Euler, UniPC).
+    /// Bounds of Karras and exponential sigmas. Not every class of diffusers has them among its
+    /// parameters, but all read them where the config has them.
     pub sigma_min: Option<f64>,
     pub sigma_max: Option<f64>,
     /// Euler.

@@ -24,19 +24,20 @@ struct Step {
     noise: Option<f32>,
 }
 
+/// The two fixed variances of section 3.2 of the paper, the smaller one also by way of its logarithm.
 #[derive(Clone, Copy)]
 enum Variance {
-    FixedSmall,
-    FixedSmallLog,
-    FixedLarge,
+    Small,
+    SmallLog,
+    Large,
 }
 
 impl Variance {
     fn from_config(config: &SchedulerConfig) -> Result<Self, SchedulerError> {
         match config.variance_type.as_deref() {
-            None | Some("fixed_small") => Ok(Self::FixedSmall),
-            Some("fixed_small_log") => Ok(Self::FixedSmallLog),
-            Some("fixed_large") => Ok(Self::FixedLarge),
+            None | Some("fixed_small") => Ok(Self::Small),
+            Some("fixed_small_log") => Ok(Self::SmallLog),
+            Some("fixed_large") => Ok(Self::Large),
             Some(other) => Err(SchedulerError::Config {
                 field: "variance_type",
                 value: format!("\"{other}\""),
@@ -82,9 +83,9 @@ impl Step {
         let current_beta = 1.0 - current_alpha;
         let small = (beta_previous / beta * current_beta).max(1e-20);
         let deviation = match variance {
-            Variance::FixedSmall => small.sqrt(),
-            Variance::FixedSmallLog => (0.5 * small.ln()).exp(),
-            Variance::FixedLarge => current_beta.sqrt(),
+            Variance::Small => small.sqrt(),
+            Variance::SmallLog => (0.5 * small.ln()).exp(),
+            Variance::Large => current_beta.sqrt(),
         };
         Self {
             level: Level::from_alpha_cumprod(alpha),

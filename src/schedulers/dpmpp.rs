@@ -63,7 +63,8 @@ impl DpmPlusPlus {
         let train = schedule.train_sigmas();
         let noisiest = clipped_end(&schedule, config.lambda_min_clipped);
         let mut timesteps = schedule.solver_timesteps(steps, noisiest);
-        let (max, min) = (f64::from(train[train.len() - 1]), f64::from(train[0]));
+        let max = config.sigma_max.unwrap_or(train[train.len() - 1].into());
+        let min = config.sigma_min.unwrap_or(train[0].into());
         let sigmas = match shape.sigmas(max, min, steps) {
             None => timesteps.iter().map(|&t| interpolate(t, &train)).collect(),
             Some(sigmas) => {

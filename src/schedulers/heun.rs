@@ -29,15 +29,9 @@ struct HalfStep {
 impl Heun {
     pub(super) fn new(config: &SchedulerConfig, steps: usize) -> Result<Self, SchedulerError> {
         let base = Schedule::new(config, Defaults::HEUN)?;
-        // The class has no bounds of its own for Karras sigmas.
-        let unbounded = SchedulerConfig {
-            sigma_min: None,
-            sigma_max: None,
-            ..config.clone()
-        };
         let mut schedule = SigmaSchedule::new(
             &base,
-            &unbounded,
+            config,
             SigmaShape::from_config(config)?,
             Interpolation::Linear,
             0.0,

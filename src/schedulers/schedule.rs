@@ -26,9 +26,15 @@ pub(super) enum ZeroSnr {
     /// The scheduler has no such option.
     Ignored,
     Exact,
-    /// The last product of alphas is 2^-24, so that sigma stays finite.
+    /// The last product of alphas is [`NEAR_ZERO_ALPHA`], so that sigma stays finite.
     NearZero,
 }
+
+/// The smallest number above 0 of f16.
+const NEAR_ZERO_ALPHA: f32 = 5.960_464_5e-8;
+/// The sigma torch finds there. Rightly rounded it is one ulp less, but a picture begins as noise
+/// times sigma, and an ulp of that is 1e-4 of what is left after the next step.
+const NEAR_ZERO_SIGMA: f32 = 4096.0;
 
 impl Defaults {
     pub(super) const DDIM: Self = Self {
@@ -85,7 +91,7 @@ impl Schedule {
             && defaults.zero_snr == ZeroSnr::NearZero
             && let Some(last) = alphas_cumprod.last_mut()
         {
-            *last = 2f32.powi(-24);
+            *last = NEAR_ZERO_ALPHA;
         }
         Ok(Self {
             alphas_cumprod,
@@ -101,24 +107,27 @@ impl Schedule {
 
     /// Timesteps of the Euler family: `steps` of them, descending, unrounded with `linspace`.
     pub(super) fn timesteps(&self, steps: usize) -> Vec<f64> {
+        // NumPy computes in f64 and stores f32.
+        let laid_out = self.laid_out(steps).into_iter();
+        laid_out.map(|t| f64::from(t as f32)).collect()
+    }
+
+    fn laid_out(&self, steps: usize) -> Vec<f64> {
         let train = self.train_steps();
         match self.spacing {
-            // NumPy computes in f64 and stores f32.
-            TimestepSpacing::Linspace => descending(linspace(0.0, (train - 1) as f64, steps))
-                .into_iter()
-                .map(|t| f64::from(t as f32))
-                .collect(),
+            TimestepSpacing::Linspace => descending(linspace(0.0, (train - 1) as f64, steps)),
             TimestepSpacing::Leading => self.leading(train / steps, steps),
             TimestepSpacing::Trailing => trailing(train as f64, train, steps),
         }
     }
 
-    /// Timesteps of the DDIM family: as [`Schedule::timesteps`], always whole.
+    /// Timesteps of the DDIM family: as [`Schedule::timesteps`], always whole. (Rounded from `f64`:
+    /// a half of `f32` may be less in truth.)
     ///
     /// Each is an index into `alphas_cumprod`; one beyond its end (a large `steps_offset`) is an
     /// error.
     pub(super) fn whole_timesteps(&self, steps: usize) -> Result<Vec<usize>, SchedulerError> {
-        self.timesteps(steps)
+        self.laid_out(steps)
             .into_iter()
             .map(|t| {
                 let t = t.round_ties_even() as usize;
@@ -170,7 +179,10 @@ impl Schedule {
     pub(super) fn train_sigmas(&self) -> Vec<f32> {
         self.alphas_cumprod
             .iter()
-            .map(|&a| ((1.0 - a) / a).sqrt())
+            .map(|&a| match a {
+                NEAR_ZERO_ALPHA => NEAR_ZERO_SIGMA,
+                _ => ((1.0 - a) / a).sqrt(),
+            })
             .collect()
     }
 }
