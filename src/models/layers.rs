@@ -198,9 +198,32 @@ impl Conv2d {
         self.inner.forward_shift(x, y)
     }
 
-    /// The convolution of `x` doubled in size (nearest neighbour) and cut to `size`.
-    pub fn forward_upsampled(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
-        self.inner.forward_upsampled(x, size)
+    /// The module's name, as [`Site::name`].
+    pub fn site(&self) -> &Arc<str> {
+        &self.site
+    }
+}
+
+/// A picture doubled in size (nearest neighbour), then a 3x3 convolution that knows its name.
+#[derive(Debug, Clone)]
+pub struct UpsampledConv2d {
+    inner: ops::UpsampledConv2d,
+    site: Arc<str>,
+}
+
+impl UpsampledConv2d {
+    pub(super) fn load(scope: &Scope, channels: usize) -> std::result::Result<Self, LoadError> {
+        let conv = Conv2d::load(scope, ConvShape::same(channels, channels, 3))?;
+        Ok(Self {
+            inner: ops::UpsampledConv2d::new(conv.inner),
+            site: conv.site,
+        })
+    }
+
+    /// `x` is `[b, h, w, c]`; the result `[b, size[0], size[1], c]`, where a size is the double or one
+    /// less.
+    pub fn forward(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
+        self.inner.forward(x, size)
     }
 
     /// The module's name, as [`Site::name`].

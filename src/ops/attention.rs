@@ -1,4 +1,3 @@
-use std::cell::Cell;
 use std::sync::OnceLock;
 
 use candle_core::{Result, Tensor, bail};
@@ -129,7 +128,7 @@ impl Shape {
                 depth: d,
                 stride: width,
             };
-            with_scratch(rows * self.keys, |scores| {
+            host::with_scratch(rows * self.keys, |scores| {
                 // SAFETY: `scores` has room for the tile, and tasks write different rows or heads
                 // of `out`.
                 unsafe {
@@ -211,19 +210,4 @@ vectorised! {
         }
         sums.iter().sum()
     }
-}
-
-/// Calls `f` with room for `len` numbers, which hold anything. The room stays with the thread: a new
-/// one for every task would cost more in page faults than the task itself.
-fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    thread_local! {
-        static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-    }
-    let mut scratch = SCRATCH.take();
-    if scratch.len() < len {
-        scratch.resize(len, 0.0);
-    }
-    let result = f(&mut scratch[..len]);
-    SCRATCH.set(scratch);
-    result
 }

@@ -1,7 +1,7 @@
 use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
-use super::gemm::{self, Finish, Packed, Rows};
+use super::gemm::{self, Finish, Packed, Rows, Target};
 use super::linear::pack;
 use super::{host, reference};
 
@@ -95,11 +95,8 @@ impl Conv2d {
     }
 
     /// The convolution of `x`, doubled in size by repeating every pixel and cut to `size` (height and
-    /// width, at most the double). The large picture never exists.
-    ///
-    /// # Errors
-    /// If the shapes do not fit.
-    pub fn forward_upsampled(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
+    /// width, at most the double). On a CPU the large picture never exists.
+    pub(super) fn forward_upsampled(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
         let (_, h, w, _) = x.dims4()?;
         if size[0] > 2 * h || size[1] > 2 * w {
             bail!("conv2d: {h}x{w} doubled does not reach {size:?}")
@@ -157,6 +154,16 @@ impl Conv2d {
                 Tensor::from_vec(packed.unpack(), shape, &Device::Cpu)
             }
             Weight::Plain(weight) => Ok(weight.clone()),
+        }
+    }
+
+    /// The packed weight, if it is a 3x3 kernel of stride 1 that keeps the size.
+    pub(super) fn packed_3x3(&self) -> Option<&Packed> {
+        match &self.weight {
+            Weight::Packed { packed, kernel } => {
+                (*kernel == [3, 3] && self.stride == 1 && self.padding == [1; 4]).then_some(packed)
+            }
+            Weight::Plain(_) => None,
         }
     }
 
@@ -231,7 +238,8 @@ fn forward(
         // SAFETY: the shape is `rows * outputs` numbers, and `product` writes them all.
         unsafe {
             host::new_tensor((b, size[0], size[1], weight.outputs), |out| {
-                gemm::product(&gemm::current_kernel(), weight, rows, &source, finish, out);
+                let target = Target::Rows(finish);
+                gemm::product(&gemm::current_kernel(), weight, rows, &source, target, out);
                 Ok(())
             })
         }
@@ -239,21 +247,21 @@ fn forward(
 }
 
 /// The patches under a kernel, one row for each output pixel, one tap for each kernel position.
-struct Patches<'a> {
-    numbers: &'a [f32],
+pub(super) struct Patches<'a> {
+    pub numbers: &'a [f32],
     /// One pixel of zeros, for positions outside the picture.
-    zeros: &'a [f32],
+    pub zeros: &'a [f32],
     /// The picture as it lies in memory.
-    stored: [usize; 2],
+    pub stored: [usize; 2],
     /// Whether every pixel in memory stands for two by two.
-    doubled: bool,
+    pub doubled: bool,
     /// The picture the kernel sees.
-    input: [usize; 2],
-    output: [usize; 2],
-    kernel: [usize; 2],
-    stride: usize,
+    pub input: [usize; 2],
+    pub output: [usize; 2],
+    pub kernel: [usize; 2],
+    pub stride: usize,
     /// Above and to the left.
-    padding: [usize; 2],
+    pub padding: [usize; 2],
 }
 
 // SAFETY: every pointer is that of a whole pixel, `zeros.len()` numbers, of a checked slice.

@@ -6,7 +6,7 @@
 //! k alone, and [`kernel`](super::kernel) keeps the order inside a block, so a row of the result is
 //! the same to the last bit in any batch and on any number of threads.
 
-use super::host::{Out, Place};
+use super::host::{self, Out, Place};
 use super::kernel::{self, COLS, Call, Kernel, Line};
 use super::parallel;
 use std::ops::Range;
@@ -145,6 +145,11 @@ impl Packed {
     pub(super) fn panel(&self, panel: usize) -> &[Line] {
         let len = self.taps * self.depth;
         &self.lines[panel * len..][..len]
+    }
+
+    /// The bias as it was given, `[outputs]`.
+    pub(super) fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_ref().map(|bias| &bias[..self.outputs])
     }
 
     /// A panel's 16 biases, or null.
@@ -294,16 +299,26 @@ impl Cut {
     }
 }
 
-/// `out[row, :] = bias + rows[row] · weight` for `rows` rows, then `finish`.
+/// Where the rows of a product go.
+#[derive(Clone, Copy)]
+pub(super) enum Target<'a> {
+    /// One after the other, with what is still to be done to them.
+    Rows(Finish<'a>),
+    /// Row `i` to the row this says.
+    Scattered(&'a (dyn Fn(usize) -> usize + Sync)),
+}
+
+/// `out[row, :] = bias + rows[row] · weight` for `rows` rows, to where `target` says.
 ///
 /// # Safety
-/// `out` has room for `rows * weight.outputs` numbers; all of them are written.
+/// `out` has room for the rows of `weight.outputs` numbers that `target` names, no two of them the
+/// same; all their numbers are written.
 pub(super) unsafe fn product(
     kernel: &Kernel,
     weight: &Packed,
     rows: usize,
     source: &impl Rows,
-    finish: Finish,
+    target: Target,
     out: Out,
 ) {
     if rows == 0 || weight.outputs == 0 {
@@ -318,20 +333,42 @@ pub(super) unsafe fn product(
         let first = tile * cut.tile;
         let count = cut.tile.min(rows - first);
         let table = Table::new(kernel, weight.taps, source, first, count);
-        let end = weight.panels().min((chunk + 1) * cut.chunk);
-        for start in (chunk * cut.chunk..end).step_by(STRIP) {
-            let strip = start..end.min(start + STRIP);
-            // SAFETY: row tiles and panels lie inside `out`, and tasks differ in one.
-            unsafe {
-                let out = out.ptr().add(first * width);
-                multiply_strip(kernel, weight, strip.clone(), &blocks, &table, out, width);
+        let panels = chunk * cut.chunk..weight.panels().min((chunk + 1) * cut.chunk);
+        let strips = panels.clone().step_by(STRIP);
+        let strip = |start: usize| start..panels.end.min(start + STRIP);
+        match target {
+            Target::Rows(finish) => {
+                for start in strips {
+                    // SAFETY: row tiles and panels lie inside `out`, and tasks differ in one.
+                    unsafe {
+                        let out = out.ptr().add(first * width);
+                        multiply_strip(kernel, weight, strip(start), &blocks, &table, out, width);
+                    }
+                    let columns = start * COLS..width.min(strip(start).end * COLS);
+                    for row in first..first + count {
+                        // SAFETY: as above; the kernel has written these numbers.
+                        let numbers =
+                            unsafe { out.part(row * width + columns.start, columns.len()) };
+                        finish.apply(row, width, columns.start, numbers);
+                    }
+                }
             }
-            let columns = start * COLS..width.min(strip.end * COLS);
-            for row in first..first + count {
-                // SAFETY: as above; the kernel has written these numbers.
-                let numbers = unsafe { out.part(row * width + columns.start, columns.len()) };
-                finish.apply(row, width, columns.start, numbers);
-            }
+            Target::Scattered(place) => host::with_scratch(count * width, |scratch| {
+                for start in strips {
+                    let out = scratch.as_mut_ptr();
+                    // SAFETY: `scratch` has room for the tile's rows.
+                    unsafe {
+                        multiply_strip(kernel, weight, strip(start), &blocks, &table, out, width)
+                    };
+                }
+                let columns = panels.start * COLS..width.min(panels.end * COLS);
+                for (row, numbers) in scratch.chunks_exact(width).enumerate() {
+                    let to = place(first + row) * width + columns.start;
+                    // SAFETY: the caller's promise; tasks differ in rows or in columns.
+                    let out = unsafe { out.part(to, columns.len()) };
+                    out.copy_from_slice(&numbers[columns.clone()]);
+                }
+            }),
         }
     };
     match cut.tiles * cut.chunks {

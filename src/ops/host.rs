@@ -1,5 +1,7 @@
 //! The border between candle's tensors and slices of f32 in host memory.
 
+use std::cell::Cell;
+
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, bail};
 
 /// Whether the kernels of this module may serve these tensors: f32 in host memory, and nobody
@@ -85,4 +87,20 @@ pub(super) unsafe fn new_tensor(
     // SAFETY: `write` has initialised `len` numbers, as the caller promises.
     unsafe { data.set_len(len) };
     Tensor::from_vec(data, shape, &Device::Cpu)
+}
+
+/// Calls `f` with room for `len` numbers, which hold anything. The room stays with the thread: a new
+/// one for every task would cost more in page faults than the task itself. A call inside `f` gets a
+/// room of its own.
+pub(super) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    thread_local! {
+        static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    }
+    let mut scratch = SCRATCH.take();
+    if scratch.len() < len {
+        scratch.resize(len, 0.0);
+    }
+    let result = f(&mut scratch[..len]);
+    SCRATCH.set(scratch);
+    result
 }

@@ -1,7 +1,7 @@
 use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
-use super::gemm::{self, Finish, Matrix, Packed};
+use super::gemm::{self, Finish, Matrix, Packed, Target};
 use super::{host, reference};
 
 /// A prepared affine map `y = x Wᵀ + b`.
@@ -129,7 +129,8 @@ fn forward(weight: &Packed, x: &Tensor, add: Option<&Tensor>) -> Result<Tensor> 
         // SAFETY: the shape is `rows * outputs` numbers, and `product` writes them all.
         unsafe {
             host::new_tensor(shape, |out| {
-                gemm::product(&gemm::current_kernel(), weight, rows, &source, finish, out);
+                let target = Target::Rows(finish);
+                gemm::product(&gemm::current_kernel(), weight, rows, &source, target, out);
                 Ok(())
             })
         }

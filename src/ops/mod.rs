@@ -27,6 +27,7 @@ mod reference;
 mod simd;
 #[cfg(test)]
 mod tests;
+mod upsample;
 
 pub use attention::attention;
 pub use conv::Conv2d;
@@ -35,3 +36,4 @@ pub use memory::{give_back_freed, keep_freed};
 pub use norm::{group_norm, layer_norm};
 pub use parallel::set_threads;
 pub use pointwise::{concat_channels, geglu, gelu, quick_gelu, silu};
+pub use upsample::UpsampledConv2d;

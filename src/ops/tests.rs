@@ -4,8 +4,8 @@
 use super::kernel::{self, Kernel};
 use super::parallel::with_threads;
 use super::{
-    Conv2d, Linear, attention, concat_channels, geglu, gelu, gemm, group_norm, layer_norm,
-    quick_gelu, reference, silu,
+    Conv2d, Linear, UpsampledConv2d, attention, concat_channels, geglu, gelu, gemm, group_norm,
+    layer_norm, quick_gelu, reference, silu,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::rngs::StdRng;
@@ -322,6 +322,33 @@ fn an_upsampled_convolution_is_that_of_the_large_picture() {
         assert_close("composed", &composed, &f64(&exact), 1e-6);
     }
     assert!(conv.forward_upsampled(&x, [9, 12]).is_err());
+}
+
+#[test]
+fn four_small_kernels_are_one_on_the_doubled_picture() {
+    with_each_kernel(|kernel| {
+        let mut numbers = Numbers::new(15);
+        for ([h, w], depth, outputs) in [([1, 1], 1, 1), ([4, 6], 7, 5), ([13, 9], 33, 600)] {
+            let (weight, bias) = (
+                numbers.tensor(&[outputs, depth, 3, 3]),
+                numbers.tensor(&[outputs]),
+            );
+            let x = numbers.tensor(&[3, h, w, depth]);
+            let conv = Conv2d::new(weight.clone(), Some(bias.clone()), 1, [1; 4]).unwrap();
+            let double = UpsampledConv2d::new(conv);
+            let what = format!("{:?} {h}x{w} {depth}->{outputs}", kernel.level);
+            for size in [[2 * h, 2 * w], [2 * h - 1, 2 * w], [2 * h - 1, 2 * w - 1]] {
+                let large = reference::upsample_nearest_2x(&f64(&x)).unwrap();
+                let cut = large.narrow(1, 0, size[0]).unwrap();
+                let cut = cut.narrow(2, 0, size[1]).unwrap();
+                let exact =
+                    reference::conv2d(&cut, &f64(&weight), Some(&f64(&bias)), 1, [1; 4]).unwrap();
+                assert_close(&what, &double.forward(&x, size).unwrap(), &exact, 1e-6);
+                assert_items_independent(&x, |x| double.forward(x, size));
+            }
+            assert!(double.forward(&x, [2 * h + 1, 2 * w]).is_err());
+        }
+    });
 }
 
 #[test]

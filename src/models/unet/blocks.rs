@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::super::{
     LoadError,
-    layers::{Conv2d, ConvShape, Scope},
+    layers::{Conv2d, ConvShape, Scope, UpsampledConv2d},
     resnet::{ResnetBlock, ResnetConfig},
 };
 use super::{
@@ -153,7 +153,7 @@ impl MidBlock {
 #[derive(Debug)]
 pub(super) struct UpBlock {
     layers: Vec<Layer>,
-    upsample: Option<Conv2d>,
+    upsample: Option<UpsampledConv2d>,
 }
 
 impl UpBlock {
@@ -178,10 +178,7 @@ impl UpBlock {
             })
             .collect::<Loaded<_>>()?;
         let upsample = (index > 0)
-            .then(|| {
-                let scope = scope.at("upsamplers.0.conv");
-                Conv2d::load(&scope, ConvShape::same(c, c, 3))
-            })
+            .then(|| UpsampledConv2d::load(&scope.at("upsamplers.0.conv"), c))
             .transpose()?;
         Ok(Self { layers, upsample })
     }
@@ -211,6 +208,6 @@ impl UpBlock {
             Some(next) => [next.dim(1)?, next.dim(2)?],
             None => [2 * h, 2 * w],
         };
-        upsample.forward_upsampled(&x, size)
+        upsample.forward(&x, size)
     }
 }

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::super::{
     LoadError,
-    layers::{Conv2d, ConvShape, GroupNorm, Linear, Scope},
+    layers::{Conv2d, ConvShape, GroupNorm, Linear, Scope, UpsampledConv2d},
     resnet::ResnetBlock,
 };
 use super::VaeConfig;
@@ -16,7 +16,8 @@ type Loaded<T> = std::result::Result<T, LoadError>;
 #[derive(Debug)]
 pub(super) struct Encoder {
     conv_in: Conv2d,
-    down: Vec<Level>,
+    /// With the convolution on the way to the next.
+    down: Vec<(Level, Option<Conv2d>)>,
     mid: MidBlock,
     norm_out: GroupNorm,
     conv_out: Conv2d,
@@ -36,13 +37,13 @@ impl Encoder {
                     padding: [0, 1, 0, 1],
                     ..ConvShape::same(c, c, 3)
                 };
-                Level::load(
-                    &scope.nth("down_blocks", i),
-                    config,
-                    [channels[i.saturating_sub(1)], c],
-                    config.layers,
-                    (i + 1 < n).then_some(("downsamplers.0.conv", halve)),
-                )
+                let scope = scope.nth("down_blocks", i);
+                let widths = [channels[i.saturating_sub(1)], c];
+                let level = Level::load(&scope, config, widths, config.layers)?;
+                let halve = (i + 1 < n)
+                    .then(|| Conv2d::load(&scope.at("downsamplers.0.conv"), halve))
+                    .transpose()?;
+                Ok((level, halve))
             })
             .collect::<Loaded<_>>()?;
         Ok(Self {
@@ -67,9 +68,9 @@ impl Encoder {
 
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let mut x = self.conv_in.forward(x)?;
-        for level in &self.down {
+        for (level, halve) in &self.down {
             x = level.residual(x)?;
-            if let Some(halve) = &level.resample {
+            if let Some(halve) = halve {
                 x = halve.forward(&x)?;
             }
         }
@@ -83,7 +84,8 @@ impl Encoder {
 pub(super) struct Decoder {
     conv_in: Conv2d,
     mid: MidBlock,
-    up: Vec<Level>,
+    /// With what leads to the next.
+    up: Vec<(Level, Option<UpsampledConv2d>)>,
     norm_out: GroupNorm,
     conv_out: Conv2d,
 }
@@ -96,13 +98,13 @@ impl Decoder {
         let up = (0..n)
             .map(|i| {
                 let c = channels[i];
-                Level::load(
-                    &scope.nth("up_blocks", i),
-                    config,
-                    [channels[i.saturating_sub(1)], c],
-                    config.layers + 1,
-                    (i + 1 < n).then_some(("upsamplers.0.conv", ConvShape::same(c, c, 3))),
-                )
+                let scope = scope.nth("up_blocks", i);
+                let widths = [channels[i.saturating_sub(1)], c];
+                let level = Level::load(&scope, config, widths, config.layers + 1)?;
+                let double = (i + 1 < n)
+                    .then(|| UpsampledConv2d::load(&scope.at("upsamplers.0.conv"), c))
+                    .transpose()?;
+                Ok((level, double))
             })
             .collect::<Loaded<_>>()?;
         Ok(Self {
@@ -127,11 +129,11 @@ impl Decoder {
 
     pub fn forward(&self, z: &Tensor) -> Result<Tensor> {
         let mut x = self.mid.forward(self.conv_in.forward(z)?)?;
-        for level in &self.up {
+        for (level, double) in &self.up {
             x = level.residual(x)?;
-            if let Some(conv) = &level.resample {
+            if let Some(double) = double {
                 let (_, h, w, _) = x.dims4()?;
-                x = conv.forward_upsampled(&x, [2 * h, 2 * w])?;
+                x = double.forward(&x, [2 * h, 2 * w])?;
             }
         }
         x = self.norm_out.forward_silu(&x)?;
@@ -139,11 +141,10 @@ impl Decoder {
     }
 }
 
-/// Residual blocks of one resolution, and the convolution on the way to the next.
+/// Residual blocks of one resolution.
 #[derive(Debug)]
 struct Level {
     resnets: Vec<ResnetBlock>,
-    resample: Option<Conv2d>,
 }
 
 impl Level {
@@ -152,7 +153,6 @@ impl Level {
         config: &VaeConfig,
         [input, output]: [usize; 2],
         layers: usize,
-        resample: Option<(&str, ConvShape)>,
     ) -> Loaded<Self> {
         Ok(Self {
             resnets: (0..layers)
@@ -165,9 +165,6 @@ impl Level {
                     )
                 })
                 .collect::<Loaded<_>>()?,
-            resample: resample
-                .map(|(name, shape)| Conv2d::load(&scope.at(name), shape))
-                .transpose()?,
         })
     }
 
