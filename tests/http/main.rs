@@ -5,6 +5,7 @@
 //! does not matter.
 
 mod bad_input;
+mod bad_uploads;
 mod command_line;
 mod edits;
 mod generations;
