@@ -14,7 +14,7 @@ use std::{process::ExitCode, time::Instant};
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use lorikeet::{
-    models::{Model, ModelSource},
+    models::{Deltas, Model, ModelSource},
     noise::Generator,
     ops,
     pipeline::{
@@ -92,7 +92,9 @@ fn measure(options: &Options) -> Outcome<Vec<f64>> {
                 .collect::<Result<Vec<_>, _>>()?;
             let timesteps = vec![500.0; options.batch];
             timed(options.rounds, || {
-                model.unet.forward(&sample, &timesteps, &context)?;
+                model
+                    .unet
+                    .forward(&sample, &timesteps, &context, Deltas::NONE)?;
                 Ok(())
             })
         }

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::{
-    LoadError,
+    Deltas, LoadError,
     config::Config,
     layers::{Embedding, LayerNorm, Linear, Scope},
 };
@@ -142,8 +142,8 @@ impl ClipTextModel {
     /// # Errors
     /// No rows, rows of different length or longer than [`ClipTextModel::max_positions`], an id
     /// outside the vocabulary, `clip_skip` beyond [`ClipTextModel::layers`].
-    pub fn forward(&self, ids: &[Vec<u32>], clip_skip: usize) -> Result<Tensor> {
-        self.encode(&self.embed(ids)?, clip_skip)
+    pub fn forward(&self, ids: &[Vec<u32>], clip_skip: usize, deltas: Deltas) -> Result<Tensor> {
+        self.encode(&self.embed(ids)?, clip_skip, deltas)
     }
 
     /// Token embeddings `[b, t, d]`, without positions: where textual inversion puts its rows.
@@ -164,7 +164,7 @@ impl ClipTextModel {
     }
 
     /// Hidden states `[b, t, d]` for token embeddings `[b, t, d]`.
-    pub fn encode(&self, embeddings: &Tensor, clip_skip: usize) -> Result<Tensor> {
+    pub fn encode(&self, embeddings: &Tensor, clip_skip: usize, deltas: Deltas) -> Result<Tensor> {
         let (_, t, _) = embeddings.dims3()?;
         if t > self.max_positions() {
             bail!(
@@ -180,9 +180,9 @@ impl ClipTextModel {
         };
         let mut x = embeddings.broadcast_add(&self.positions.first(t)?)?;
         for layer in &self.layers[..run] {
-            x = layer.forward(&x)?;
+            x = layer.forward(&x, deltas)?;
         }
-        self.final_norm.forward(&x)
+        self.final_norm.forward(&x, deltas)
     }
 
     /// The dtype of weights and hidden states.
@@ -225,20 +225,20 @@ impl Layer {
     }
 
     /// `x` is `[b, t, d]`.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = self.norm1.forward(x)?;
+    fn forward(&self, x: &Tensor, deltas: Deltas) -> Result<Tensor> {
+        let h = self.norm1.forward(x, deltas)?;
         let (q, k, v) = (
-            self.q.forward(&h)?,
-            self.k.forward(&h)?,
-            self.v.forward(&h)?,
+            self.q.forward(&h, deltas)?,
+            self.k.forward(&h, deltas)?,
+            self.v.forward(&h, deltas)?,
         );
         let h = ops::attention(&q, &k, &v, self.heads, true)?;
-        let x = self.out.forward_add(&h, x)?;
-        let h = self.fc1.forward(&self.norm2.forward(&x)?)?;
+        let x = self.out.forward_add(&h, x, deltas)?;
+        let h = self.fc1.forward(&self.norm2.forward(&x, deltas)?, deltas)?;
         let h = match self.activation {
             Activation::QuickGelu => ops::quick_gelu(&h)?,
             Activation::Gelu => ops::gelu(&h)?,
         };
-        self.fc2.forward_add(&h, &x)
+        self.fc2.forward_add(&h, &x, deltas)
     }
 }

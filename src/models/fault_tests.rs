@@ -13,19 +13,19 @@ use tempfile::TempDir;
 
 use super::{LoadError, Model, ModelSource};
 
-const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+pub(super) const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
 const UNET_CONFIG: &str = "unet/config.json";
 const VAE: &str = "vae/diffusion_pytorch_model.safetensors";
-const TEXT: &str = "text_encoder/model.safetensors";
+pub(super) const TEXT: &str = "text_encoder/model.safetensors";
 const TEXT_CONFIG: &str = "text_encoder/config.json";
 const SHARDS: &str = "unet/diffusion_pytorch_model.safetensors.index.json";
 const SECOND_SHARD: &str = "unet/diffusion_pytorch_model-00002-of-00003.safetensors";
 
 /// A copy of one of the tiny models, to be spoilt.
-struct Folder(TempDir);
+pub(super) struct Folder(TempDir);
 
 impl Folder {
-    fn copy(model: &str) -> Self {
+    pub(super) fn copy(model: &str) -> Self {
         fn copy(from: &Path, to: &Path) {
             fs::create_dir_all(to).unwrap();
             for entry in fs::read_dir(from).unwrap() {
@@ -47,7 +47,7 @@ impl Folder {
         self.0.path().join(file)
     }
 
-    fn load(&self, dtype: DType) -> Result<Model, LoadError> {
+    pub(super) fn load(&self, dtype: DType) -> Result<Model, LoadError> {
         let source = ModelSource::Folder(self.0.path().to_owned());
         Model::load(&source, &Device::Cpu, dtype)
     }
@@ -80,7 +80,7 @@ impl Folder {
     }
 
     /// Edits the tensors of a file, and writes it well.
-    fn tensors(&self, file: &str, edit: impl FnOnce(&mut HashMap<String, Tensor>)) {
+    pub(super) fn tensors(&self, file: &str, edit: impl FnOnce(&mut HashMap<String, Tensor>)) {
         let mut tensors = candle_core::safetensors::load(self.path(file), &Device::Cpu).unwrap();
         edit(&mut tensors);
         candle_core::safetensors::save(&tensors, self.path(file)).unwrap();

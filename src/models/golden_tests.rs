@@ -6,7 +6,7 @@ use std::{collections::HashMap, path::PathBuf};
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Model, ModelSource};
+use super::{Deltas, Model, ModelSource};
 
 /// The relative error that f32 allows two orders of summation over networks of this depth.
 const TOLERANCE: f64 = 1e-5;
@@ -67,15 +67,18 @@ fn check(name: &str) -> Result<()> {
     let (model, golden) = load(name);
     let ids: Vec<Vec<u32>> = golden["text.ids"].to_dtype(DType::U32)?.to_vec2()?;
     for skip in 0..3 {
-        let hidden = model.text_encoder.forward(&ids, skip)?;
+        let hidden = model.text_encoder.forward(&ids, skip, Deltas::NONE)?;
         let what = format!("{name} text.skip{skip}");
         assert_close(&what, &hidden, &golden[&format!("text.skip{skip}")]);
     }
 
     let timesteps: Vec<f32> = golden["unet.timesteps"].to_vec1()?;
-    let out = model
-        .unet
-        .forward(&golden["unet.sample"], &timesteps, &contexts(&golden))?;
+    let out = model.unet.forward(
+        &golden["unet.sample"],
+        &timesteps,
+        &contexts(&golden),
+        Deltas::NONE,
+    )?;
     assert_close(&format!("{name} unet"), &out, &golden["unet.out"]);
 
     let moments = model.vae.encode(&golden["vae.x"])?;
@@ -152,7 +155,9 @@ fn a_row_does_not_depend_on_its_neighbours() -> Result<()> {
         let sample = &golden["unet.sample"];
         let timesteps: Vec<f32> = golden["unet.timesteps"].to_vec1()?;
         let contexts = contexts(&golden);
-        let together = model.unet.forward(sample, &timesteps, &contexts)?;
+        let together = model
+            .unet
+            .forward(sample, &timesteps, &contexts, Deltas::NONE)?;
         // Backwards too: equal contexts take the batched path, unequal ones the other.
         for rows in [vec![0], vec![1], vec![2], vec![2, 0], vec![1, 1, 0, 2, 2]] {
             let pick = |x: &Tensor| {
@@ -164,7 +169,7 @@ fn a_row_does_not_depend_on_its_neighbours() -> Result<()> {
             };
             let t: Vec<f32> = rows.iter().map(|i| timesteps[*i]).collect();
             let c: Vec<Tensor> = rows.iter().map(|i| contexts[*i].clone()).collect();
-            let found = model.unet.forward(&pick(sample)?, &t, &c)?;
+            let found = model.unet.forward(&pick(sample)?, &t, &c, Deltas::NONE)?;
             assert_same_bits(&found, &pick(&together)?);
         }
 

@@ -1,10 +1,12 @@
 //! The layers the models are built of: `ops` with weights and a site name.
 
-use std::{cell::RefCell, sync::Arc};
+use std::cell::RefCell;
 
 use candle_core::{Result, Tensor};
 
-use super::{LoadError, Site, SiteKind, weights::Weights};
+use super::{
+    ConvGeometry, Deltas, LoadError, Site, SiteDelta, SiteKind, deltas::each_part, weights::Weights,
+};
 use crate::ops;
 
 /// A place in a part's module tree while it is loaded.
@@ -49,14 +51,25 @@ impl<'a> Scope<'a> {
         self.weights.tensor(&format!("{}.{name}", self.path), shape)
     }
 
-    fn site(&self, kind: SiteKind, weight_shape: Vec<usize>) -> Arc<str> {
-        let name: Arc<str> = format!("{}.{}", self.part, self.path).into();
-        self.sites.borrow_mut().push(Site {
-            name: name.clone(),
+    /// Records a site, and returns its index among all of the model's.
+    fn site(&self, kind: SiteKind, weight_shape: Vec<usize>) -> usize {
+        self.conv_site(kind, weight_shape, None)
+    }
+
+    fn conv_site(
+        &self,
+        kind: SiteKind,
+        weight_shape: Vec<usize>,
+        geometry: Option<ConvGeometry>,
+    ) -> usize {
+        let mut sites = self.sites.borrow_mut();
+        sites.push(Site {
+            name: format!("{}.{}", self.part, self.path).into(),
             kind,
             weight_shape,
+            geometry,
         });
-        name
+        sites.len() - 1
     }
 
     fn device_error(&self, source: candle_core::Error) -> LoadError {
@@ -71,7 +84,7 @@ impl<'a> Scope<'a> {
 #[derive(Debug, Clone)]
 pub struct Linear {
     inner: ops::Linear,
-    site: Arc<str>,
+    site: usize,
 }
 
 impl Linear {
@@ -117,19 +130,52 @@ impl Linear {
         })
     }
 
-    /// `x` is `[.., in]`; the result `[.., out]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.inner.forward(x)
+    /// `x` is `[rows, .., in]`; the result `[rows, .., out]`.
+    pub fn forward(&self, x: &Tensor, deltas: Deltas) -> Result<Tensor> {
+        let y = self.inner.forward(x)?;
+        self.adapt(x, y, deltas, |row| row)
     }
 
-    /// `forward(x) + y`; `y` is `[.., out]`.
-    pub fn forward_add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    /// `forward(x) + y`; `y` is `[rows, .., out]`.
+    pub fn forward_add(&self, x: &Tensor, y: &Tensor, deltas: Deltas) -> Result<Tensor> {
+        if deltas.at(self.site, |row| row).is_some() {
+            return self.forward(x, deltas)? + y;
+        }
         self.inner.forward_add(x, y)
     }
 
-    /// The module's name, as [`Site::name`].
-    pub fn site(&self) -> &Arc<str> {
-        &self.site
+    /// [`Linear::forward`] of rows that differ in length and follow each other: row `i` of the forward
+    /// begins at row `start(i)` of `x`.
+    pub fn forward_ragged(
+        &self,
+        x: &Tensor,
+        deltas: Deltas,
+        start: impl Fn(usize) -> usize,
+    ) -> Result<Tensor> {
+        let y = self.inner.forward(x)?;
+        self.adapt(x, y, deltas, start)
+    }
+
+    fn adapt(
+        &self,
+        x: &Tensor,
+        y: Tensor,
+        deltas: Deltas,
+        start: impl Fn(usize) -> usize,
+    ) -> Result<Tensor> {
+        let Some(parts) = deltas.at(self.site, start) else {
+            return Ok(y);
+        };
+        each_part(&parts, |rows, delta| {
+            let y = y.narrow(0, rows.start, rows.len())?;
+            match delta {
+                Some(delta) => {
+                    let x = x.narrow(0, rows.start, rows.len())?;
+                    delta.apply(&x, y, self.inner.bias(), None)
+                }
+                None => Ok(y),
+            }
+        })
     }
 }
 
@@ -137,7 +183,7 @@ impl Linear {
 #[derive(Debug, Clone)]
 pub struct Conv2d {
     inner: ops::Conv2d,
-    site: Arc<str>,
+    site: usize,
 }
 
 /// The shape of a convolution: channels, square kernel, stride and zeros around.
@@ -166,6 +212,14 @@ impl ConvShape {
 
 impl Conv2d {
     pub(super) fn load(scope: &Scope, shape: ConvShape) -> std::result::Result<Self, LoadError> {
+        Self::load_at(scope, shape, false)
+    }
+
+    fn load_at(
+        scope: &Scope,
+        shape: ConvShape,
+        upsampled: bool,
+    ) -> std::result::Result<Self, LoadError> {
         let ConvShape {
             input,
             output,
@@ -176,45 +230,76 @@ impl Conv2d {
         let dims = vec![output, input, kernel, kernel];
         let weight = scope.tensor("weight", &dims)?;
         let bias = scope.tensor("bias", &[output])?;
+        let geometry = ConvGeometry {
+            stride,
+            padding,
+            upsampled,
+        };
         Ok(Self {
             inner: ops::Conv2d::new(weight, Some(bias), stride, padding)
                 .map_err(|e| scope.device_error(e))?,
-            site: scope.site(SiteKind::Conv2d, dims),
+            site: scope.conv_site(SiteKind::Conv2d, dims, Some(geometry)),
         })
     }
 
     /// `x` is `[b, h, w, in]`; the result `[b, h', w', out]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.inner.forward(x)
+    pub fn forward(&self, x: &Tensor, deltas: Deltas) -> Result<Tensor> {
+        let y = self.inner.forward(x)?;
+        adapt_conv(self.site, x, y, self.inner.bias(), None, deltas)
     }
 
     /// `forward(x) + y`; `y` is `[b, h', w', out]`.
-    pub fn forward_add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    pub fn forward_add(&self, x: &Tensor, y: &Tensor, deltas: Deltas) -> Result<Tensor> {
+        if deltas.at(self.site, |row| row).is_some() {
+            return self.forward(x, deltas)? + y;
+        }
         self.inner.forward_add(x, y)
     }
 
     /// `forward(x) + y`; `y` is `[b, out]`, one row for all positions of an item.
-    pub fn forward_shift(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    pub fn forward_shift(&self, x: &Tensor, y: &Tensor, deltas: Deltas) -> Result<Tensor> {
+        if deltas.at(self.site, |row| row).is_some() {
+            let y = y.unsqueeze(1)?.unsqueeze(1)?;
+            return self.forward(x, deltas)?.broadcast_add(&y);
+        }
         self.inner.forward_shift(x, y)
     }
+}
 
-    /// The module's name, as [`Site::name`].
-    pub fn site(&self) -> &Arc<str> {
-        &self.site
-    }
+/// From a convolution's own result to that under the rows' adapters.
+fn adapt_conv(
+    site: usize,
+    x: &Tensor,
+    y: Tensor,
+    bias: Option<&Tensor>,
+    size: Option<[usize; 2]>,
+    deltas: Deltas,
+) -> Result<Tensor> {
+    let Some(parts) = deltas.at(site, |row| row) else {
+        return Ok(y);
+    };
+    each_part(&parts, |rows, delta| {
+        let y = y.narrow(0, rows.start, rows.len())?;
+        match delta {
+            Some(delta) => delta.apply(&x.narrow(0, rows.start, rows.len())?, y, bias, size),
+            None => Ok(y),
+        }
+    })
 }
 
 /// A picture doubled in size (nearest neighbour), then a 3x3 convolution that knows its name.
 #[derive(Debug, Clone)]
 pub struct UpsampledConv2d {
     inner: ops::UpsampledConv2d,
-    site: Arc<str>,
+    bias: Option<Tensor>,
+    site: usize,
 }
 
 impl UpsampledConv2d {
     pub(super) fn load(scope: &Scope, channels: usize) -> std::result::Result<Self, LoadError> {
-        let conv = Conv2d::load(scope, ConvShape::same(channels, channels, 3))?;
+        let conv = Conv2d::load_at(scope, ConvShape::same(channels, channels, 3), true)?;
         Ok(Self {
+            bias: conv.inner.bias().cloned(),
             inner: ops::UpsampledConv2d::new(conv.inner),
             site: conv.site,
         })
@@ -222,13 +307,9 @@ impl UpsampledConv2d {
 
     /// `x` is `[b, h, w, c]`; the result `[b, size[0], size[1], c]`, where a size is the double or one
     /// less.
-    pub fn forward(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
-        self.inner.forward(x, size)
-    }
-
-    /// The module's name, as [`Site::name`].
-    pub fn site(&self) -> &Arc<str> {
-        &self.site
+    pub fn forward(&self, x: &Tensor, size: [usize; 2], deltas: Deltas) -> Result<Tensor> {
+        let y = self.inner.forward(x, size)?;
+        adapt_conv(self.site, x, y, self.bias.as_ref(), Some(size), deltas)
     }
 }
 
@@ -239,7 +320,7 @@ pub struct GroupNorm {
     weight: Tensor,
     bias: Tensor,
     eps: f64,
-    site: Arc<str>,
+    site: usize,
 }
 
 impl GroupNorm {
@@ -260,18 +341,20 @@ impl GroupNorm {
     }
 
     /// `x` is `[b, .., channels]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::group_norm(x, self.groups, &self.weight, &self.bias, self.eps, false)
+    pub fn forward(&self, x: &Tensor, deltas: Deltas) -> Result<Tensor> {
+        self.run(x, deltas, false)
     }
 
     /// [`GroupNorm::forward`], then SiLU.
-    pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
-        ops::group_norm(x, self.groups, &self.weight, &self.bias, self.eps, true)
+    pub fn forward_silu(&self, x: &Tensor, deltas: Deltas) -> Result<Tensor> {
+        self.run(x, deltas, true)
     }
 
-    /// The module's name, as [`Site::name`].
-    pub fn site(&self) -> &Arc<str> {
-        &self.site
+    fn run(&self, x: &Tensor, deltas: Deltas, silu: bool) -> Result<Tensor> {
+        let (w, b) = (&self.weight, &self.bias);
+        adapt_norm(self.site, x, [w, b], deltas, |x, w, b| {
+            ops::group_norm(x, self.groups, w, b, self.eps, silu)
+        })
     }
 }
 
@@ -281,7 +364,7 @@ pub struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
     eps: f64,
-    site: Arc<str>,
+    site: usize,
 }
 
 impl LayerNorm {
@@ -298,15 +381,37 @@ impl LayerNorm {
         })
     }
 
-    /// `x` is `[.., channels]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+    /// `x` is `[rows, .., channels]`.
+    pub fn forward(&self, x: &Tensor, deltas: Deltas) -> Result<Tensor> {
+        let (w, b) = (&self.weight, &self.bias);
+        adapt_norm(self.site, x, [w, b], deltas, |x, w, b| {
+            ops::layer_norm(x, w, b, self.eps)
+        })
     }
+}
 
-    /// The module's name, as [`Site::name`].
-    pub fn site(&self) -> &Arc<str> {
-        &self.site
-    }
+/// A norm whose weight and bias may differ from run to run of the rows.
+fn adapt_norm(
+    site: usize,
+    x: &Tensor,
+    [weight, bias]: [&Tensor; 2],
+    deltas: Deltas,
+    norm: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let Some(parts) = deltas.at(site, |row| row) else {
+        return norm(x, weight, bias);
+    };
+    let sum = |own: &Tensor, more: Option<&Tensor>| match more {
+        Some(more) => own + more,
+        None => Ok(own.clone()),
+    };
+    each_part(&parts, |rows, delta| {
+        let x = x.narrow(0, rows.start, rows.len())?;
+        let more = |part: fn(&SiteDelta) -> Option<&Tensor>| delta.and_then(part);
+        let weight = sum(weight, more(|delta| delta.weight.as_ref()))?;
+        let bias = sum(bias, more(|delta| delta.bias.as_ref()))?;
+        norm(&x, &weight, &bias)
+    })
 }
 
 /// A table of rows that knows its name.
@@ -314,7 +419,6 @@ impl LayerNorm {
 pub struct Embedding {
     /// `[rows, width]`.
     table: Tensor,
-    site: Arc<str>,
 }
 
 impl Embedding {
@@ -323,10 +427,9 @@ impl Embedding {
         rows: usize,
         width: usize,
     ) -> std::result::Result<Self, LoadError> {
-        Ok(Self {
-            table: scope.tensor("weight", &[rows, width])?,
-            site: scope.site(SiteKind::Embedding, vec![rows, width]),
-        })
+        let table = scope.tensor("weight", &[rows, width])?;
+        scope.site(SiteKind::Embedding, vec![rows, width]);
+        Ok(Self { table })
     }
 
     /// The rows of `ids` (u32, `[n]`) as `[n, width]`.
@@ -350,10 +453,5 @@ impl Embedding {
 
     pub(super) fn device(&self) -> &candle_core::Device {
         self.table.device()
-    }
-
-    /// The module's name, as [`Site::name`].
-    pub fn site(&self) -> &Arc<str> {
-        &self.site
     }
 }

@@ -6,6 +6,7 @@
 
 mod clip;
 mod config;
+mod deltas;
 mod error;
 mod header;
 pub mod layers;
@@ -19,14 +20,17 @@ mod vae;
 mod weights;
 
 #[cfg(test)]
+mod delta_tests;
+#[cfg(test)]
 mod fault_tests;
 #[cfg(test)]
 mod golden_tests;
 
 pub use clip::ClipTextModel;
+pub use deltas::{DeltaBatch, DeltaSet, Deltas, SiteDelta, Term};
 pub use error::LoadError;
 pub use model::{Model, ModelSource, SuggestedDefaults};
-pub use sites::{Site, SiteKind};
+pub use sites::{ConvGeometry, Site, SiteKind};
 pub use tokenizer::{EncodeError, Tokenizer};
 pub use unet::UNet2DConditionModel;
 pub use vae::{AutoencoderKl, Moments};

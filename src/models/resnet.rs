@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::{
-    LoadError,
+    Deltas, LoadError,
     layers::{Conv2d, ConvShape, GroupNorm, Linear, Scope},
 };
 
@@ -54,18 +54,21 @@ impl ResnetBlock {
     }
 
     /// `x` is `[b, h, w, in]`, `time` the SiLU of the timestep embedding, `[b, width]`.
-    pub fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
-        let h = self.norm1.forward_silu(x)?;
+    pub fn forward(&self, x: &Tensor, time: Option<&Tensor>, deltas: Deltas) -> Result<Tensor> {
+        let h = self.norm1.forward_silu(x, deltas)?;
         let h = match (&self.time, time) {
             (Some(projection), Some(time)) => {
-                self.conv1.forward_shift(&h, &projection.forward(time)?)?
+                self.conv1
+                    .forward_shift(&h, &projection.forward(time, deltas)?, deltas)?
             }
-            _ => self.conv1.forward(&h)?,
+            _ => self.conv1.forward(&h, deltas)?,
         };
-        let h = self.norm2.forward_silu(&h)?;
+        let h = self.norm2.forward_silu(&h, deltas)?;
         match &self.shortcut {
-            Some(shortcut) => self.conv2.forward_add(&h, &shortcut.forward(x)?),
-            None => self.conv2.forward_add(&h, x),
+            Some(shortcut) => self
+                .conv2
+                .forward_add(&h, &shortcut.forward(x, deltas)?, deltas),
+            None => self.conv2.forward_add(&h, x, deltas),
         }
     }
 }

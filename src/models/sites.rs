@@ -22,4 +22,16 @@ pub struct Site {
     /// The shape of its `weight` as in the file: `[out, in]` of a linear map, `[out, in, kh, kw]`
     /// of a convolution, `[channels]` of a norm, `[rows, width]` of an embedding.
     pub weight_shape: Vec<usize>,
+    /// Of a convolution.
+    pub geometry: Option<ConvGeometry>,
+}
+
+/// How a convolution's kernel lies on its picture: a low-rank delta's first factor lies the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConvGeometry {
+    pub stride: usize,
+    /// `[top, bottom, left, right]`.
+    pub padding: [usize; 4],
+    /// The picture is doubled first (nearest neighbour).
+    pub upsampled: bool,
 }

@@ -22,7 +22,7 @@ use super::{
     emphasis,
     prompt::{self, Fragment},
 };
-use crate::models::{Model, Tokenizer};
+use crate::models::{Deltas, Model, Tokenizer};
 
 /// Longest prompt in chunks: each is a run of the text encoder and 77 more tokens to attend to, so
 /// without a bound one request could hold up all others.
@@ -86,7 +86,9 @@ impl Conditioner {
         let invalid = |message| PipelineError::Invalid { field, message };
         let chunks = self.chunks(&model.tokenizer, text).map_err(invalid)?;
         let ids: Vec<Vec<u32>> = chunks.iter().map(|chunk| chunk.ids.clone()).collect();
-        let hidden = model.text_encoder.forward(&ids, clip_skip as usize)?;
+        let hidden = model
+            .text_encoder
+            .forward(&ids, clip_skip as usize, Deltas::NONE)?;
         let tensor = match chunks.iter().all(Chunk::plain) {
             true => hidden.flatten(0, 1)?,
             false => weighed(&hidden, &chunks, field)?,
@@ -229,7 +231,7 @@ mod tests {
         ids.insert(0, model.tokenizer.bos());
         ids.push(model.tokenizer.eos());
         ids.resize(model.tokenizer.max_length(), model.tokenizer.pad());
-        let expected = model.text_encoder.forward(&[ids], 0).unwrap();
+        let expected = model.text_encoder.forward(&[ids], 0, Deltas::NONE).unwrap();
         let found = conditioner.encode(&model, "prompt", text, 0).unwrap();
         assert_eq!(found.dims(), [77, 128]);
         assert_eq!(values(&found), values(&expected));

@@ -32,7 +32,7 @@ use self::{
     request::{ImageRequest, InitImage, ModelDefaults},
 };
 use crate::{
-    models::{Model, Moments},
+    models::{Deltas, Model, Moments},
     noise::{Generator, LatentNoise, picture_seed},
     schedulers::{self, SchedulerConfig, SchedulerError, SchedulerKind},
 };
@@ -242,7 +242,10 @@ impl Pipeline {
             context.push(painting.condition.clone());
         }
         let sample = Tensor::from_vec(sample, (timesteps.len(), h, w, c), &self.device)?;
-        let output = self.model.unet.forward(&sample, &timesteps, &context)?;
+        let output = self
+            .model
+            .unet
+            .forward(&sample, &timesteps, &context, Deltas::NONE)?;
         let output = output
             .to_dtype(DType::F32)?
             .flatten_all()?
@@ -284,7 +287,7 @@ impl Pipeline {
             &self.device,
         )?;
         let context = Tensor::zeros((1, unet.context_width()), DType::F32, &self.device)?;
-        let output = unet.forward(&sample, &[1.0], &[context])?;
+        let output = unet.forward(&sample, &[1.0], &[context], Deltas::NONE)?;
         let sum = output
             .to_dtype(DType::F32)?
             .abs()?

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::super::{
-    LoadError,
+    Deltas, LoadError,
     layers::{Conv2d, ConvShape, Scope, UpsampledConv2d},
     resnet::{ResnetBlock, ResnetConfig},
 };
@@ -15,6 +15,15 @@ use crate::ops;
 
 type Loaded<T> = std::result::Result<T, LoadError>;
 
+/// What every block of one forward is given, beside the feature map.
+#[derive(Clone, Copy)]
+pub(super) struct Given<'a> {
+    /// The SiLU of the timestep embedding, `[b, width]`.
+    pub time: &'a Tensor,
+    pub context: &'a Context,
+    pub deltas: Deltas<'a>,
+}
+
 /// A residual block and, in attending blocks, the transformer behind it.
 #[derive(Debug)]
 struct Layer {
@@ -23,10 +32,10 @@ struct Layer {
 }
 
 impl Layer {
-    fn forward(&self, x: &Tensor, time: &Tensor, context: &Context) -> Result<Tensor> {
-        let x = self.resnet.forward(x, Some(time))?;
+    fn forward(&self, x: &Tensor, given: Given) -> Result<Tensor> {
+        let x = self.resnet.forward(x, Some(given.time), given.deltas)?;
         match &self.attention {
-            Some(attention) => attention.forward(&x, context),
+            Some(attention) => attention.forward(&x, given.context, given.deltas),
             None => Ok(x),
         }
     }
@@ -104,20 +113,14 @@ impl DownBlock {
     }
 
     /// Pushes what the way up will need onto `skips`.
-    pub fn forward(
-        &self,
-        x: &Tensor,
-        time: &Tensor,
-        context: &Context,
-        skips: &mut Vec<Tensor>,
-    ) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, given: Given, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x.clone();
         for layer in &self.layers {
-            x = layer.forward(&x, time, context)?;
+            x = layer.forward(&x, given)?;
             skips.push(x.clone());
         }
         if let Some(downsample) = &self.downsample {
-            x = downsample.forward(&x)?;
+            x = downsample.forward(&x, given.deltas)?;
             skips.push(x.clone());
         }
         Ok(x)
@@ -142,10 +145,15 @@ impl MidBlock {
         })
     }
 
-    pub fn forward(&self, x: &Tensor, time: &Tensor, context: &Context) -> Result<Tensor> {
-        let x = self.first.forward(x, Some(time))?;
-        let x = self.attention.forward(&x, context)?;
-        self.last.forward(&x, Some(time))
+    pub fn forward(&self, x: &Tensor, given: Given) -> Result<Tensor> {
+        let Given {
+            time,
+            context,
+            deltas,
+        } = given;
+        let x = self.first.forward(x, Some(time), deltas)?;
+        let x = self.attention.forward(&x, context, deltas)?;
+        self.last.forward(&x, Some(time), deltas)
     }
 }
 
@@ -184,19 +192,13 @@ impl UpBlock {
     }
 
     /// Takes its skips from the end of `skips`.
-    pub fn forward(
-        &self,
-        x: &Tensor,
-        time: &Tensor,
-        context: &Context,
-        skips: &mut Vec<Tensor>,
-    ) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, given: Given, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x.clone();
         for layer in &self.layers {
             let Some(skip) = skips.pop() else {
                 candle_core::bail!("unet: the way up asks for more than the way down left");
             };
-            x = layer.forward(&ops::concat_channels(&x, &skip)?, time, context)?;
+            x = layer.forward(&ops::concat_channels(&x, &skip)?, given)?;
         }
         let Some(upsample) = &self.upsample else {
             return Ok(x);
@@ -208,6 +210,6 @@ impl UpBlock {
             Some(next) => [next.dim(1)?, next.dim(2)?],
             None => [2 * h, 2 * w],
         };
-        upsample.forward(&x, size)
+        upsample.forward(&x, size, given.deltas)
     }
 }

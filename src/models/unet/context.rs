@@ -28,6 +28,11 @@ impl Context {
         &self.tokens
     }
 
+    /// Where a row's tokens begin; one past the last row is their number.
+    pub fn start(&self, row: usize) -> usize {
+        self.lengths.iter().take(row).sum()
+    }
+
     /// The length of every row, if they are the same.
     pub fn common_length(&self) -> Option<usize> {
         let first = *self.lengths.first()?;

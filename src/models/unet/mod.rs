@@ -9,10 +9,10 @@ mod transformer;
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::{
-    LoadError,
+    Deltas, LoadError,
     layers::{Conv2d, ConvShape, GroupNorm, Scope},
 };
-use blocks::{DownBlock, MidBlock, UpBlock};
+use blocks::{DownBlock, Given, MidBlock, UpBlock};
 use config::LevelConfig;
 pub(super) use config::UNetConfig;
 use context::Context;
@@ -111,7 +111,8 @@ impl UNet2DConditionModel {
     /// The prediction `[b, h, w, out]` for `sample` `[b, h, w, in]`.
     ///
     /// `timesteps` and `context` have one entry per row; a timestep may be fractional, and the
-    /// contexts `[t, d]` may differ in length. Arguments are cast to the model's dtype.
+    /// contexts `[t, d]` may differ in length. Arguments are cast to the model's dtype. `deltas` are
+    /// those of the rows.
     ///
     /// # Errors
     /// Numbers of rows that differ, or shapes that do not fit the model.
@@ -120,6 +121,7 @@ impl UNet2DConditionModel {
         sample: &Tensor,
         timesteps: &[f32],
         context: &[Tensor],
+        deltas: Deltas,
     ) -> Result<Tensor> {
         let (b, _, _, c) = sample.dims4()?;
         if timesteps.len() != b || context.len() != b || c != self.config.in_channels {
@@ -132,18 +134,28 @@ impl UNet2DConditionModel {
             );
         }
         let context = Context::new(context, self.context_width(), self.dtype)?;
-        let time = self.time.forward(timesteps, self.dtype, sample.device())?;
-        let mut x = self.conv_in.forward(&sample.to_dtype(self.dtype)?)?;
+        let time = self
+            .time
+            .forward(timesteps, self.dtype, sample.device(), deltas)?;
+        let given = Given {
+            time: &time,
+            context: &context,
+            deltas,
+        };
+        let mut x = self
+            .conv_in
+            .forward(&sample.to_dtype(self.dtype)?, deltas)?;
         let mut skips = vec![x.clone()];
         for block in &self.down {
-            x = block.forward(&x, &time, &context, &mut skips)?;
+            x = block.forward(&x, given, &mut skips)?;
         }
         if let Some(mid) = &self.mid {
-            x = mid.forward(&x, &time, &context)?;
+            x = mid.forward(&x, given)?;
         }
         for block in &self.up {
-            x = block.forward(&x, &time, &context, &mut skips)?;
+            x = block.forward(&x, given, &mut skips)?;
         }
-        self.conv_out.forward(&self.norm_out.forward_silu(&x)?)
+        self.conv_out
+            .forward(&self.norm_out.forward_silu(&x, deltas)?, deltas)
     }
 }

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::super::{
-    LoadError,
+    Deltas, LoadError,
     layers::{Linear, Scope},
 };
 use super::UNetConfig;
@@ -44,12 +44,18 @@ impl TimeEmbedding {
     /// The embedding `[b, d]`, already through the SiLU that every residual block begins with.
     ///
     /// Sine and cosine are taken in f32, then cast: timesteps near 1000 have no fraction in f16.
-    pub fn forward(&self, timesteps: &[f32], dtype: DType, device: &Device) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        timesteps: &[f32],
+        dtype: DType,
+        device: &Device,
+        deltas: Deltas,
+    ) -> Result<Tensor> {
         let waves: Vec<f32> = timesteps.iter().flat_map(|t| self.sinusoids(*t)).collect();
         let waves =
             Tensor::from_vec(waves, (timesteps.len(), self.width), device)?.to_dtype(dtype)?;
-        let h = ops::silu(&self.linear_1.forward(&waves)?)?;
-        ops::silu(&self.linear_2.forward(&h)?)
+        let h = ops::silu(&self.linear_1.forward(&waves, deltas)?)?;
+        ops::silu(&self.linear_2.forward(&h, deltas)?)
     }
 
     fn sinusoids(&self, t: f32) -> Vec<f32> {

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::super::{
-    LoadError,
+    Deltas, LoadError,
     layers::{Conv2d, ConvShape, GroupNorm, LayerNorm, Linear, Scope},
 };
 use super::{Context, UNetConfig};
@@ -69,32 +69,33 @@ impl Transformer {
     }
 
     /// `x` is `[b, h, w, c]`.
-    pub fn forward(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, context: &Context, deltas: Deltas) -> Result<Tensor> {
         let (b, h, w, c) = x.dims4()?;
         let mut tokens = self
             .proj_in
-            .forward(&self.norm.forward(x)?)?
+            .forward(&self.norm.forward(x, deltas)?, deltas)?
             .reshape((b, h * w, c))?;
         for block in &self.blocks {
-            tokens = block.forward(&tokens, context)?;
+            tokens = block.forward(&tokens, context, deltas)?;
         }
-        self.proj_out.forward_add(&tokens.reshape((b, h, w, c))?, x)
+        self.proj_out
+            .forward_add(&tokens.reshape((b, h, w, c))?, x, deltas)
     }
 }
 
 impl Projection {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, deltas: Deltas) -> Result<Tensor> {
         match self {
-            Self::Conv(conv) => conv.forward(x),
-            Self::Linear(linear) => linear.forward(x),
+            Self::Conv(conv) => conv.forward(x, deltas),
+            Self::Linear(linear) => linear.forward(x, deltas),
         }
     }
 
     /// `forward(x) + y`.
-    fn forward_add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    fn forward_add(&self, x: &Tensor, y: &Tensor, deltas: Deltas) -> Result<Tensor> {
         match self {
-            Self::Conv(conv) => conv.forward_add(x, y),
-            Self::Linear(linear) => linear.forward_add(x, y),
+            Self::Conv(conv) => conv.forward_add(x, y, deltas),
+            Self::Linear(linear) => linear.forward_add(x, y, deltas),
         }
     }
 }
@@ -134,11 +135,15 @@ impl Block {
     }
 
     /// `x` is `[b, tokens, c]`.
-    fn forward(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
-        let x = &self.attn1.to_itself(&self.norm1.forward(x)?, x)?;
-        let x = &self.attn2.to_context(&self.norm2.forward(x)?, context, x)?;
-        let h = ops::geglu(&self.widen.forward(&self.norm3.forward(x)?)?)?;
-        self.narrow.forward_add(&h, x)
+    fn forward(&self, x: &Tensor, context: &Context, deltas: Deltas) -> Result<Tensor> {
+        let h = self.norm1.forward(x, deltas)?;
+        let x = &self.attn1.to_itself(&h, x, deltas)?;
+        let h = self.norm2.forward(x, deltas)?;
+        let x = &self.attn2.to_context(&h, context, x, deltas)?;
+        let h = self
+            .widen
+            .forward(&self.norm3.forward(x, deltas)?, deltas)?;
+        self.narrow.forward_add(&ops::geglu(&h)?, x, deltas)
     }
 }
 
@@ -172,21 +177,29 @@ impl Attention {
     }
 
     /// `residual` is added to the result.
-    fn to_itself(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    fn to_itself(&self, x: &Tensor, residual: &Tensor, deltas: Deltas) -> Result<Tensor> {
         let (q, k, v) = (
-            self.to_q.forward(x)?,
-            self.to_k.forward(x)?,
-            self.to_v.forward(x)?,
+            self.to_q.forward(x, deltas)?,
+            self.to_k.forward(x, deltas)?,
+            self.to_v.forward(x, deltas)?,
         );
-        self.to_out.forward_add(&self.attend(&q, &k, &v)?, residual)
+        self.to_out
+            .forward_add(&self.attend(&q, &k, &v)?, residual, deltas)
     }
 
     /// Keys and values come from all rows' contexts in one product; rows whose contexts differ in
     /// length then attend one by one, so that no row sees padding. `residual` is added to the result.
-    fn to_context(&self, x: &Tensor, context: &Context, residual: &Tensor) -> Result<Tensor> {
-        let q = self.to_q.forward(x)?;
-        let k = self.to_k.forward(context.tokens())?;
-        let v = self.to_v.forward(context.tokens())?;
+    fn to_context(
+        &self,
+        x: &Tensor,
+        context: &Context,
+        residual: &Tensor,
+        deltas: Deltas,
+    ) -> Result<Tensor> {
+        let q = self.to_q.forward(x, deltas)?;
+        let (tokens, start) = (context.tokens(), |row| context.start(row));
+        let k = self.to_k.forward_ragged(tokens, deltas, start)?;
+        let v = self.to_v.forward_ragged(tokens, deltas, start)?;
         let y = match context.common_length() {
             Some(t) => {
                 let (b, _, c) = q.dims3()?;
@@ -204,7 +217,7 @@ impl Attention {
                 Tensor::cat(&rows, 0)?
             }
         };
-        self.to_out.forward_add(&y, residual)
+        self.to_out.forward_add(&y, residual, deltas)
     }
 
     /// Each argument is `[b, tokens, c]`.

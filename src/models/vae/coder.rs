@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::super::{
-    LoadError,
+    Deltas, LoadError,
     layers::{Conv2d, ConvShape, GroupNorm, Linear, Scope, UpsampledConv2d},
     resnet::ResnetBlock,
 };
@@ -67,15 +67,16 @@ impl Encoder {
     }
 
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = self.conv_in.forward(x)?;
+        let mut x = self.conv_in.forward(x, Deltas::NONE)?;
         for (level, halve) in &self.down {
             x = level.residual(x)?;
             if let Some(halve) = halve {
-                x = halve.forward(&x)?;
+                x = halve.forward(&x, Deltas::NONE)?;
             }
         }
         let x = self.mid.forward(x)?;
-        self.conv_out.forward(&self.norm_out.forward_silu(&x)?)
+        self.conv_out
+            .forward(&self.norm_out.forward_silu(&x, Deltas::NONE)?, Deltas::NONE)
     }
 }
 
@@ -128,16 +129,16 @@ impl Decoder {
     }
 
     pub fn forward(&self, z: &Tensor) -> Result<Tensor> {
-        let mut x = self.mid.forward(self.conv_in.forward(z)?)?;
+        let mut x = self.mid.forward(self.conv_in.forward(z, Deltas::NONE)?)?;
         for (level, double) in &self.up {
             x = level.residual(x)?;
             if let Some(double) = double {
                 let (_, h, w, _) = x.dims4()?;
-                x = double.forward(&x, [2 * h, 2 * w])?;
+                x = double.forward(&x, [2 * h, 2 * w], Deltas::NONE)?;
             }
         }
-        x = self.norm_out.forward_silu(&x)?;
-        self.conv_out.forward(&x)
+        x = self.norm_out.forward_silu(&x, Deltas::NONE)?;
+        self.conv_out.forward(&x, Deltas::NONE)
     }
 }
 
@@ -172,7 +173,7 @@ impl Level {
     /// decide the peak of memory.
     fn residual(&self, mut x: Tensor) -> Result<Tensor> {
         for resnet in &self.resnets {
-            x = resnet.forward(&x, None)?;
+            x = resnet.forward(&x, None, Deltas::NONE)?;
         }
         Ok(x)
     }
@@ -199,11 +200,11 @@ impl MidBlock {
     }
 
     fn forward(&self, x: Tensor) -> Result<Tensor> {
-        let mut x = self.first.forward(&x, None)?;
+        let mut x = self.first.forward(&x, None, Deltas::NONE)?;
         if let Some(attention) = &self.attention {
             x = attention.forward(&x)?;
         }
-        self.last.forward(&x, None)
+        self.last.forward(&x, None, Deltas::NONE)
     }
 }
 
@@ -232,15 +233,17 @@ impl SpatialAttention {
     /// `x` is `[b, h, w, c]`.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, h, w, c) = x.dims4()?;
-        let tokens = self.norm.forward(x)?.reshape((b, h * w, c))?;
+        let tokens = self.norm.forward(x, Deltas::NONE)?.reshape((b, h * w, c))?;
         let (q, k, v) = (
-            self.to_q.forward(&tokens)?,
-            self.to_k.forward(&tokens)?,
-            self.to_v.forward(&tokens)?,
+            self.to_q.forward(&tokens, Deltas::NONE)?,
+            self.to_k.forward(&tokens, Deltas::NONE)?,
+            self.to_v.forward(&tokens, Deltas::NONE)?,
         );
         let y = ops::attention(&q, &k, &v, 1, false)?;
         let x = x.reshape((b, h * w, c))?;
-        self.to_out.forward_add(&y, &x)?.reshape((b, h, w, c))
+        self.to_out
+            .forward_add(&y, &x, Deltas::NONE)?
+            .reshape((b, h, w, c))
     }
 }
 

@@ -7,7 +7,7 @@ mod tiles;
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::{
-    LoadError,
+    Deltas, LoadError,
     layers::{Conv2d, ConvShape, Scope},
 };
 pub(super) use coder::canonical;
@@ -121,7 +121,7 @@ impl AutoencoderKl {
             let code = |x: &Tensor| {
                 let y = self.encoder.forward(&x.to_dtype(self.dtype)?)?;
                 match &self.quant_conv {
-                    Some(conv) => conv.forward(&y),
+                    Some(conv) => conv.forward(&y, Deltas::NONE),
                     None => Ok(y),
                 }
             };
@@ -163,7 +163,7 @@ impl AutoencoderKl {
             let code = |z: &Tensor| {
                 let z = z.to_dtype(self.dtype)?;
                 let z = match &self.post_quant_conv {
-                    Some(conv) => conv.forward(&z)?,
+                    Some(conv) => conv.forward(&z, Deltas::NONE)?,
                     None => z,
                 };
                 self.decoder.forward(&z)
