@@ -2,19 +2,23 @@
 //!
 //! ```text
 //! bench unet    --model DIR --batch 2 --width 32 --height 32 --rounds N       latents
+//! bench adapted --model DIR --batch 2 --width 32 --height 32 --rank R --adapters N --rounds N
 //! bench vae     --model DIR --width 32 --height 32 --rounds N                 latents
 //! bench picture --model DIR --width W --height H --steps S --guidance G --scheduler NAME --seed 1 --rounds N
 //! ```
 //!
+//! `adapted` is `unet` with low-rank deltas on the attention's linear maps: the rows take turns with N
+//! different adapters. Rounds with and without them alternate; `base` has the seconds of the latter.
+//!
 //! Prints one line of JSON: `{"name": …, "seconds": [one number a round], "peak_rss_mb": …}`, or
 //! `{"name": …, "error": …}`. One round before the first is not counted.
 
-use std::{process::ExitCode, time::Instant};
+use std::{process::ExitCode, sync::Arc, time::Instant};
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use lorikeet::{
-    models::{Deltas, Model, ModelSource},
+    models::{DeltaBatch, DeltaSet, Deltas, Model, ModelSource, SiteDelta, SiteKind, Term},
     noise::Generator,
     ops,
     pipeline::{
@@ -26,6 +30,7 @@ use lorikeet::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum What {
     Unet,
+    Adapted,
     Vae,
     Picture,
 }
@@ -51,6 +56,10 @@ struct Options {
     seed: Option<u64>,
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    #[arg(long, default_value_t = 16)]
+    rank: usize,
+    #[arg(long, default_value_t = 1)]
+    adapters: usize,
 }
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -59,12 +68,13 @@ fn main() -> ExitCode {
     let options = Options::parse();
     let name = format!("{:?}", options.what).to_lowercase();
     match measure(&options) {
-        Ok(seconds) => {
-            let peak = peak_rss_mb();
-            println!(
-                "{}",
-                serde_json::json!({"name": name, "seconds": seconds, "peak_rss_mb": peak})
-            );
+        Ok(figures) => {
+            let mut line = serde_json::json!({"name": name, "seconds": figures.seconds});
+            if let Some(base) = figures.base {
+                line["base"] = base.into();
+            }
+            line["peak_rss_mb"] = peak_rss_mb().into();
+            println!("{line}");
             ExitCode::SUCCESS
         }
         Err(error) => {
@@ -75,7 +85,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn measure(options: &Options) -> Outcome<Vec<f64>> {
+/// Seconds of each round.
+struct Figures {
+    seconds: Vec<f64>,
+    /// The same work without what is measured.
+    base: Option<Vec<f64>>,
+}
+
+fn measure(options: &Options) -> Outcome<Figures> {
     let device = Device::Cpu;
     ops::keep_freed();
     let model = Model::load(&options.model, &device, DType::F32)?;
@@ -85,18 +102,37 @@ fn measure(options: &Options) -> Outcome<Vec<f64>> {
     };
     let (h, w) = (options.height, options.width);
     match options.what {
-        What::Unet => {
+        What::Unet | What::Adapted => {
             let sample = randn(&[options.batch, h, w, model.unet.in_channels()])?;
             let context = (0..options.batch)
                 .map(|_| randn(&[77, model.unet.context_width()]))
                 .collect::<Result<Vec<_>, _>>()?;
             let timesteps = vec![500.0; options.batch];
-            timed(options.rounds, || {
-                model
-                    .unet
-                    .forward(&sample, &timesteps, &context, Deltas::NONE)?;
+            let forward = |deltas| -> Outcome<()> {
+                model.unet.forward(&sample, &timesteps, &context, deltas)?;
                 Ok(())
-            })
+            };
+            if options.what == What::Unet {
+                return timed(options.rounds, || forward(Deltas::NONE));
+            }
+            let sets = (0..options.adapters)
+                .map(|_| Ok(Arc::new(low_rank(&model, options.rank, &mut randn)?)))
+                .collect::<Outcome<Vec<_>>>()?;
+            let batch = DeltaBatch::new(
+                (0..options.batch).map(|row| sets.get(row % sets.len().max(1)).cloned()),
+            );
+            let mut figures = Figures {
+                seconds: Vec::new(),
+                base: Some(Vec::new()),
+            };
+            for _ in 0..options.rounds {
+                figures
+                    .seconds
+                    .extend(timed(1, || forward(batch.deltas()))?.seconds);
+                let base = timed(1, || forward(Deltas::NONE))?.seconds;
+                figures.base.iter_mut().for_each(|all| all.extend(&base));
+            }
+            Ok(figures)
         }
         What::Vae => {
             let latents = randn(&[options.batch, h, w, model.vae.latent_channels()])?;
@@ -139,16 +175,46 @@ fn measure(options: &Options) -> Outcome<Vec<f64>> {
     }
 }
 
+/// Random low-rank deltas on the linear maps of the UNet's attention, where adapters have them.
+fn low_rank(
+    model: &Model,
+    rank: usize,
+    randn: &mut impl FnMut(&[usize]) -> Result<Tensor, candle_core::Error>,
+) -> Outcome<DeltaSet> {
+    let mut set = DeltaSet::default();
+    for (index, site) in model.sites().iter().enumerate() {
+        let attention = site.name.contains(".attn1.") || site.name.contains(".attn2.");
+        if !attention || site.kind != SiteKind::Linear {
+            continue;
+        }
+        let (output, input) = (site.weight_shape[0], site.weight_shape[1]);
+        let term = Term::LowRank {
+            down: ops::Linear::new(randn(&[rank, input])?, None)?,
+            up: ops::Linear::new(randn(&[output, rank])?, None)?,
+        };
+        let delta = SiteDelta {
+            terms: vec![term],
+            ..SiteDelta::default()
+        };
+        set.insert(index, delta);
+    }
+    Ok(set)
+}
+
 /// Seconds of each round, the first left out.
-fn timed(rounds: usize, mut work: impl FnMut() -> Outcome<()>) -> Outcome<Vec<f64>> {
+fn timed(rounds: usize, mut work: impl FnMut() -> Outcome<()>) -> Outcome<Figures> {
     work()?;
-    (0..rounds)
+    let seconds = (0..rounds)
         .map(|_| {
             let start = Instant::now();
             work()?;
             Ok(start.elapsed().as_secs_f64())
         })
-        .collect()
+        .collect::<Outcome<_>>()?;
+    Ok(Figures {
+        seconds,
+        base: None,
+    })
 }
 
 /// The most memory this process has held so far, where the system tells.
