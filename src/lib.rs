@@ -15,6 +15,7 @@
 //! | [`pipeline`] | from a checked request to pixels, one evaluation of the model at a time | threads |
 //! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
 //! | [`noise`] | PyTorch's random numbers | everything else |
+//! | [`adapters`] | adapter files become deltas by site, and are written | devices, requests |
 //! | [`models`] | CLIP, UNet, VAE, tokenizer, and reading them from a folder | requests |
 //! | [`ops`] | convolution, attention, norms, matrix products | models |
 //!
@@ -104,6 +105,7 @@
 //! [`Site`]: models::Site
 //! [`AppState::set_painter`]: api::AppState::set_painter
 
+pub mod adapters;
 pub mod api;
 pub mod cli;
 pub mod config;
