@@ -33,11 +33,16 @@ mod file;
 mod positions;
 mod read;
 mod roles;
+mod save;
 mod sgm;
 mod table;
+
+#[cfg(test)]
+mod golden_tests;
 
 pub use adapter::{Adapter, Dialect, TokenEmbedding};
 pub use delta::{Axis, Block, Change, Delta, Factors, LowRank, Magnitude};
 pub use error::AdapterError;
 pub use read::ReadOptions;
+pub use save::Format;
 pub use table::SiteTable;

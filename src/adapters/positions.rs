@@ -78,7 +78,9 @@ pub(super) fn place(key: &str) -> Option<(usize, usize, Role)> {
         "down" => Role::Down,
         _ => return None,
     };
-    Some((part, index.parse().ok()?, role))
+    let number: usize = index.parse().ok()?;
+    // Two spellings of one number would be one place.
+    (number.to_string() == index).then_some((part, number, role))
 }
 
 /// The sites behind the numbers of one part, which the file numbers from 0 to `count`.

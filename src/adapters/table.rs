@@ -154,10 +154,6 @@ impl SiteTable {
     pub(super) fn token_width(&self, encoder: usize) -> Option<usize> {
         self.token_widths[encoder]
     }
-
-    pub(super) fn site(&self, name: &str) -> Option<&Site> {
-        self.sites.iter().find(|site| &*site.name == name)
-    }
 }
 
 /// A site's name as kohya's scripts write it; `second` says whether the model has a second text
