@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use candle_core::Tensor;
 
-use super::Delta;
+use super::{Delta, Family};
 
 /// What a file does to a model: deltas by site, and new words for its text encoder.
 #[derive(Debug, Clone)]
@@ -15,6 +15,8 @@ pub struct Adapter {
     pub embeddings: Vec<TokenEmbedding>,
     /// The dialect of most of its keys.
     pub dialect: Dialect,
+    /// What its widths say of the models it is for, if they are those of a known family.
+    pub family: Option<Family>,
     /// Keys of the file that mean nothing to this model, sorted.
     pub unmatched: Vec<String>,
     /// The free texts in the file's header.

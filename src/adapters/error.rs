@@ -1,5 +1,6 @@
 //! Why a file is not an adapter for a model.
 
+use super::Family;
 use crate::models::LoadError;
 
 /// A file that cannot be read as an adapter, or an adapter that cannot be written as asked.
@@ -46,6 +47,12 @@ pub enum AdapterError {
         file: String,
         key: String,
         other: String,
+    },
+    #[error("{file}: is for {found}, and this model is {expected}")]
+    Family {
+        file: String,
+        found: Family,
+        expected: Family,
     },
     #[error(
         "{file}: none of its {count} keys (such as {sample}) belongs to this model: is it an adapter, and for this model family?"

@@ -28,7 +28,7 @@ pub(super) struct Case {
     pub model: String,
     dialect: String,
     unmatched: Vec<String>,
-    tokens: Vec<String>,
+    pub tokens: Vec<String>,
 }
 
 /// A tiny model's names, and the weights that some deltas depend on.

@@ -29,6 +29,7 @@ mod build;
 mod delta;
 mod embeddings;
 mod error;
+mod family;
 mod file;
 mod positions;
 mod read;
@@ -38,11 +39,18 @@ mod sgm;
 mod table;
 
 #[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
 mod golden_tests;
+#[cfg(test)]
+mod packing;
+#[cfg(test)]
+mod property_tests;
 
 pub use adapter::{Adapter, Dialect, TokenEmbedding};
 pub use delta::{Axis, Block, Change, Delta, Factors, LowRank, Magnitude};
 pub use error::AdapterError;
+pub use family::Family;
 pub use read::ReadOptions;
 pub use save::Format;
 pub use table::SiteTable;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Adapter, AdapterError, Delta, Dialect, SiteTable,
+    Adapter, AdapterError, Delta, Dialect, Family, SiteTable,
     alphas::{Alpha, Alphas},
     build::{self, Group},
     embeddings::{self, Word},
@@ -60,6 +60,16 @@ impl Adapter {
 
 fn read(blob: Blob, table: &SiteTable, options: &ReadOptions) -> Result<Adapter, AdapterError> {
     let file = AdapterFile::open(blob)?;
+    let family = Family::of_file(&file.header.entries);
+    if let (Some(found), Some(expected)) = (family, table.family())
+        && found != expected
+    {
+        return Err(AdapterError::Family {
+            file: file.label(),
+            found,
+            expected,
+        });
+    }
     let alphas = Alphas::read(&file.label(), &file.header.metadata)?;
 
     let mut groups = Groups::new();
@@ -143,6 +153,7 @@ fn read(blob: Blob, table: &SiteTable, options: &ReadOptions) -> Result<Adapter,
         deltas,
         embeddings,
         dialect,
+        family,
         unmatched,
         metadata: file.header.metadata,
     })

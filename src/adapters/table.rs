@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
-    AdapterError, Dialect,
+    AdapterError, Dialect, Family,
     roles::{self, Role},
     sgm::Numbering,
 };
@@ -20,6 +20,7 @@ pub struct SiteTable {
     spellings: HashMap<String, (usize, Spelling)>,
     /// Width of the token embeddings of the first and the second text encoder.
     token_widths: [Option<usize>; 2],
+    family: Option<Family>,
 }
 
 /// How a module's name is spelt.
@@ -73,6 +74,7 @@ impl SiteTable {
             sites: Vec::new(),
             spellings: HashMap::new(),
             token_widths: [width("text_encoder"), width("text_encoder_2")],
+            family: Family::of_sites(sites),
         };
         for site in sites {
             if site.kind == SiteKind::Embedding {
@@ -149,6 +151,11 @@ impl SiteTable {
     /// The sites that an adapter can change, in the order of construction.
     pub(super) fn sites(&self) -> &[Site] {
         &self.sites
+    }
+
+    /// The model's family, if its width is that of a known one.
+    pub fn family(&self) -> Option<Family> {
+        self.family
     }
 
     pub(super) fn token_width(&self, encoder: usize) -> Option<usize> {
