@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value};
 
-use super::{AdapterError, file::check_number};
+use super::{AdapterError, file::check_number, table::TEXT_MODEL};
 
 /// Where diffusers puts it.
 pub(super) const METADATA_KEY: &str = "lora_adapter_metadata";
@@ -79,7 +79,7 @@ impl Alphas {
         let fitting = part.patterns.iter().find(|(pattern, _)| {
             pattern.fits(path)
                 || path
-                    .strip_prefix("text_model.")
+                    .strip_prefix(TEXT_MODEL)
                     .is_some_and(|p| pattern.fits(p))
         });
         Alpha {

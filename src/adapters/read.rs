@@ -27,6 +27,8 @@ pub struct ReadOptions {
     pub tokens: Vec<String>,
 }
 
+/// A tensor of the file: its key, and where it lies.
+type Part<'a> = (&'a str, &'a Entry);
 /// Groups of tensors by site.
 type Groups<'a> = BTreeMap<Arc<str>, Group<'a>>;
 
@@ -75,8 +77,8 @@ fn read(blob: Blob, table: &SiteTable, options: &ReadOptions) -> Result<Adapter,
     let mut groups = Groups::new();
     let mut dialects: BTreeMap<Dialect, usize> = BTreeMap::new();
     let mut words: Vec<(&str, &Entry, Option<&str>)> = Vec::new();
-    let mut places: [BTreeMap<(usize, Role), (&str, &Entry)>; 2] = Default::default();
-    let mut rest: Vec<(&str, &Entry)> = Vec::new();
+    let mut places: [BTreeMap<(usize, Role), Part>; 2] = Default::default();
+    let mut rest: Vec<Part> = Vec::new();
     let mut unmatched: Vec<String> = Vec::new();
     for (key, entry) in &file.header.entries {
         if let Some(word) = embeddings::marked(&file, key) {
@@ -122,7 +124,7 @@ fn read(blob: Blob, table: &SiteTable, options: &ReadOptions) -> Result<Adapter,
             unmatched.extend(group.parts.values().map(|(key, _)| (*key).into()));
             continue;
         }
-        // kohya's and cloneofsimo's files have no such metadata, and are not meant by it.
+        // PEFT's alphas are those of LoRA.
         let header = match group.parts.contains_key(&Role::Down) {
             true => alphas.of(&name),
             false => Alpha::default(),
@@ -165,7 +167,7 @@ fn put<'a>(
     groups: &mut Groups<'a>,
     site: &'a Site,
     role: Role,
-    part: (&'a str, &'a Entry),
+    part: Part<'a>,
 ) -> Result<(), AdapterError> {
     let group = groups.entry(site.name.clone()).or_insert_with(|| Group {
         site,

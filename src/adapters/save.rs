@@ -10,8 +10,10 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::{
-    Adapter, AdapterError, Axis, Block, Change, Delta, Factors, LowRank, alphas::METADATA_KEY,
-    embeddings, table::kohya_name,
+    Adapter, AdapterError, Axis, Block, Change, Delta, Factors, LowRank,
+    alphas::METADATA_KEY,
+    embeddings,
+    table::{TEXT_MODEL, kohya_name},
 };
 
 /// Data begin at a multiple of this, as the reference writer has it.
@@ -190,17 +192,20 @@ fn peft_config(ranks: &BTreeMap<String, (usize, bool)>) -> String {
             .iter()
             .filter_map(|(site, (rank, dora))| {
                 let path = site.strip_prefix(part)?.strip_prefix('.')?;
+                let path = path.strip_prefix(TEXT_MODEL).unwrap_or(path);
                 Some((path, *rank, *dora))
             })
             .collect();
         let Some((_, first, _)) = of_part.first() else {
             continue;
         };
-        // PEFT reads keys as regular expressions that may begin at any dot: from the start, then.
+        // PEFT reads these keys as regular expressions that may begin at any dot: a UNet's from the
+        // start, then. A text encoder of transformers 4 has `text_model.` before them.
+        let start = if part == "unet" { "^" } else { "" };
         let others: Map<String, Value> = of_part
             .iter()
             .filter(|(_, rank, _)| rank != first)
-            .map(|(path, rank, _)| (format!("^{}", path.replace('.', r"\.")), json!(rank)))
+            .map(|(path, rank, _)| (format!("{start}{}", path.replace('.', r"\.")), json!(rank)))
             .collect();
         let targets: Vec<&str> = of_part.iter().map(|(path, ..)| *path).collect();
         let dora = of_part.iter().any(|(.., dora)| *dora);

@@ -45,7 +45,7 @@ const PREFIXES: [(&str, &[&str]); 3] = [
 /// What PEFT's own `save_pretrained` writes before them.
 const PEFT_PREFIX: &str = "base_model.model.";
 /// transformers 4 writes text encoders with it, transformers 5 without.
-const TEXT_MODEL: &str = "text_model.";
+pub(super) const TEXT_MODEL: &str = "text_model.";
 /// The attention layers of UNet and text encoder, and what processors call them.
 const PROCESSOR_LAYERS: [(&str, &str); 8] = [
     (".to_q", ".processor.to_q_lora"),
