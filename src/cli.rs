@@ -1,5 +1,6 @@
 //! The command line. Every option is also an environment variable, `LORIKEET_<OPTION>`.
 
+mod adapter;
 mod boot;
 mod generate;
 mod healthcheck;
@@ -37,6 +38,7 @@ struct Cli {
 enum Command {
     Serve(serve::ServeOptions),
     Generate(generate::GenerateOptions),
+    Adapter(adapter::AdapterOptions),
     Openapi(openapi::OpenapiOptions),
     Healthcheck(healthcheck::HealthcheckOptions),
 }
@@ -79,6 +81,7 @@ pub fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(options) => serve::run(options),
         Command::Generate(options) => generate::run(options),
+        Command::Adapter(options) => adapter::run(options),
         Command::Openapi(options) => openapi::run(options),
         Command::Healthcheck(options) => healthcheck::run(options),
     };

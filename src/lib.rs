@@ -7,7 +7,7 @@
 //!
 //! | room | what happens there | what it does not know |
 //! |---|---|---|
-//! | [`cli`] | `serve`, `generate`, `openapi`, `healthcheck`; options become a [`config::Config`] | |
+//! | [`cli`] | `serve`, `generate`, `adapter`, `openapi`, `healthcheck`; options become a [`config::Config`] | |
 //! | [`config`] | what the operator decides, checked once and passed whole | |
 //! | [`telemetry`] | logs and the metrics recorder | |
 //! | [`api`] | HTTP: routes, fields, answers, the table from errors to statuses | tensors |
@@ -15,11 +15,13 @@
 //! | [`pipeline`] | from a checked request to pixels, one evaluation of the model at a time | threads |
 //! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
 //! | [`noise`] | PyTorch's random numbers | everything else |
+//! | [`adapters`] | adapter files become deltas by site, and are written | devices, requests |
 //! | [`models`] | CLIP, UNet, VAE, tokenizer, and reading them from a folder | requests |
 //! | [`ops`] | convolution, attention, norms, matrix products | models |
 //!
 //! Dependencies point one way:
-//! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise}`, and `models -> ops`.
+//! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise}`, `adapters -> models` and
+//! `models -> ops`.
 //! Three types are all that passes between the upper rooms: a dialect's fields become a
 //! [`RequestDraft`], validation makes an [`ImageRequest`] of it, and the engine answers with
 //! [`Picture`]s.
@@ -69,7 +71,8 @@
 //!    `.fp16`), `models/header.rs` checks the safetensors header before a byte of it is believed,
 //!    and tensors are read one by one, converted to the device's arithmetic.
 //! 3. **Sites.** While the parts are built, every linear map, convolution and norm is recorded under
-//!    its diffusers name as a [`Site`]. Adapters will hang their deltas there.
+//!    its diffusers name as a [`Site`]. Adapters hang their deltas there: a [`SiteTable`] has every
+//!    name by which any dialect of adapter files may call one ([`Adapter::open`]).
 //! 4. **The pipeline** joins the model with its scheduler's config ([`Pipeline::new`]), and
 //!    [`engine::open`] runs it once on zeros, so that a device that cannot do it is found now and
 //!    not by the first client.
@@ -83,6 +86,8 @@
 //!
 //! - a picture differs from diffusers': `tests/reference` makes the golden files, and the
 //!   `golden_tests.rs` of each room compares with them, part by part.
+//! - an adapter does not do what its tool says: `src/adapters/golden_tests.rs`; `lorikeet adapter
+//!   inspect` shows what was read.
 //! - an answer is wrong: `tests/http` talks to real servers; `api/error.rs` has the table.
 //! - it is slow: `ops`, and `benches` for a run side by side with PyTorch.
 //!
@@ -102,8 +107,11 @@
 //! [`Sampler`]: schedulers::Sampler
 //! [`Model::load`]: models::Model::load
 //! [`Site`]: models::Site
+//! [`SiteTable`]: adapters::SiteTable
+//! [`Adapter::open`]: adapters::Adapter::open
 //! [`AppState::set_painter`]: api::AppState::set_painter
 
+pub mod adapters;
 pub mod api;
 pub mod cli;
 pub mod config;

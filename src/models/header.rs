@@ -16,24 +16,55 @@ const MAX_HEADER: u64 = 100_000_000;
 /// Weights have at most four dimensions; a file may hold other things, but nothing absurd.
 const MAX_RANK: usize = 8;
 
-/// Element types that weights come in.
+/// Element types that weights come in, and those that adapters keep single numbers in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum FileDType {
+pub(crate) enum FileDType {
     F32,
     F16,
     Bf16,
+    F64,
+    I64,
+    I32,
+    U8,
+    Bool,
     /// Anything else: harmless as long as nobody asks for the tensor.
     Other,
 }
 
+impl FileDType {
+    /// The element type of this name, and its bytes where they are known.
+    fn named(name: &str) -> (Self, Option<usize>) {
+        match name {
+            "F32" => (Self::F32, Some(4)),
+            "F16" => (Self::F16, Some(2)),
+            "BF16" => (Self::Bf16, Some(2)),
+            "F64" => (Self::F64, Some(8)),
+            "I64" => (Self::I64, Some(8)),
+            "I32" => (Self::I32, Some(4)),
+            "U8" => (Self::U8, Some(1)),
+            "BOOL" => (Self::Bool, Some(1)),
+            _ => (Self::Other, None),
+        }
+    }
+}
+
 /// Where a tensor lies in its file.
-#[derive(Debug)]
-pub(super) struct Entry {
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
     pub dtype: FileDType,
     pub shape: Vec<usize>,
     /// From the beginning of the file.
     pub start: u64,
     pub len: usize,
+}
+
+/// What a header says.
+#[derive(Debug)]
+pub(crate) struct Header {
+    /// The tensors by name; every one lies within the file and has the bytes its shape needs.
+    pub entries: BTreeMap<String, Entry>,
+    /// The free texts of `__metadata__`; what is not a text there is kept as its JSON.
+    pub metadata: BTreeMap<String, String>,
 }
 
 #[derive(Deserialize)]
@@ -43,8 +74,8 @@ struct RawEntry {
     data_offsets: [u64; 2],
 }
 
-/// The tensors of a file by name; every one lies within the file and has the bytes its shape needs.
-pub(super) fn read_header(blob: &Blob) -> Result<BTreeMap<String, Entry>, LoadError> {
+/// Reads and checks the header of a file.
+pub(crate) fn read_header(blob: &Blob) -> Result<Header, LoadError> {
     let bad = |reason: String| LoadError::Header {
         file: blob.label.clone(),
         reason,
@@ -63,18 +94,27 @@ pub(super) fn read_header(blob: &Blob) -> Result<BTreeMap<String, Entry>, LoadEr
     }
     let data_start = 8 + header_len;
     let header = blob.read_at(8, header_len as usize)?;
-    let raw: serde_json::Map<String, serde_json::Value> =
+    let mut raw: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&header).map_err(|e| bad(format!("the header is not JSON: {e}")))?;
+    let metadata = match raw.remove("__metadata__") {
+        Some(serde_json::Value::Object(texts)) => texts
+            .into_iter()
+            .map(|(key, value)| match value {
+                serde_json::Value::String(text) => (key, text),
+                other => (key, other.to_string()),
+            })
+            .collect(),
+        _ => BTreeMap::new(),
+    };
     let entries = raw
         .into_iter()
-        .filter(|(name, _)| name != "__metadata__")
         .map(|(name, value)| {
             let entry = check_entry(blob, data_start, &name, value)?;
             Ok((name, entry))
         })
         .collect::<Result<BTreeMap<_, _>, LoadError>>()?;
     check_layout(blob, data_start, &entries)?;
-    Ok(entries)
+    Ok(Header { entries, metadata })
 }
 
 /// The tensors must follow one another to the end of the file, as the format demands: bytes that
@@ -149,12 +189,7 @@ fn check_entry(
             raw.shape.len()
         )));
     }
-    let (dtype, size) = match raw.dtype.as_str() {
-        "F32" => (FileDType::F32, Some(4)),
-        "F16" => (FileDType::F16, Some(2)),
-        "BF16" => (FileDType::Bf16, Some(2)),
-        _ => (FileDType::Other, None),
-    };
+    let (dtype, size) = FileDType::named(&raw.dtype);
     let len = usize::try_from(end - start)
         .map_err(|_| fault("is larger than this machine can address".into()))?;
     if let Some(size) = size {

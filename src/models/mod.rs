@@ -8,16 +8,16 @@ mod clip;
 mod config;
 mod deltas;
 mod error;
-mod header;
+pub(crate) mod header;
 pub mod layers;
 mod model;
 mod resnet;
 mod sites;
-mod source;
+pub(crate) mod source;
 mod tokenizer;
 mod unet;
 mod vae;
-mod weights;
+pub(crate) mod weights;
 
 #[cfg(test)]
 mod delta_tests;

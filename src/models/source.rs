@@ -4,7 +4,7 @@ use std::{
     borrow::Cow,
     fs::File,
     io::{Read, Seek, SeekFrom},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Mutex,
 };
 
@@ -31,7 +31,7 @@ pub(super) struct Files {
 /// process truncates kills this process with SIGBUS, and needs `unsafe`; a read gives an error.
 /// As tensors are converted one by one, the peak is the same: the weights and one tensor's bytes.
 #[derive(Debug)]
-pub(super) struct Blob {
+pub(crate) struct Blob {
     /// The path as errors name it.
     pub label: String,
     pub len: u64,
@@ -41,6 +41,7 @@ pub(super) struct Blob {
 #[derive(Debug)]
 enum Bytes {
     Static(&'static [u8]),
+    Owned(Vec<u8>),
     File(Mutex<File>),
 }
 
@@ -91,13 +92,7 @@ impl Files {
                 if !full.is_file() {
                     return Err(missing());
                 }
-                let io = |source| LoadError::Io {
-                    file: label.clone(),
-                    source,
-                };
-                let file = File::open(&full).map_err(io)?;
-                let len = file.metadata().map_err(io)?.len();
-                (len, Bytes::File(Mutex::new(file)))
+                return Blob::open(label, &full);
             }
         };
         Ok(Blob { label, len, bytes })
@@ -135,21 +130,45 @@ impl Files {
 }
 
 impl Blob {
+    /// A file on disk, under the name that errors give it.
+    pub fn open(label: String, path: &Path) -> Result<Self, LoadError> {
+        let io = |source| LoadError::Io {
+            file: label.clone(),
+            source,
+        };
+        let file = File::open(path).map_err(io)?;
+        let len = file.metadata().map_err(io)?.len();
+        Ok(Self {
+            label,
+            len,
+            bytes: Bytes::File(Mutex::new(file)),
+        })
+    }
+
+    /// A file that is in memory already.
+    pub fn owned(label: String, bytes: Vec<u8>) -> Self {
+        Self {
+            label,
+            len: bytes.len() as u64,
+            bytes: Bytes::Owned(bytes),
+        }
+    }
+
     /// `len` bytes from `offset`.
     pub fn read_at(&self, offset: u64, len: usize) -> Result<Cow<'static, [u8]>, LoadError> {
         let io = |source| LoadError::Io {
             file: self.label.clone(),
             source,
         };
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let range = start..start.saturating_add(len);
+        let short = || io(std::io::ErrorKind::UnexpectedEof.into());
         match &self.bytes {
-            Bytes::Static(bytes) => {
-                let start = usize::try_from(offset).unwrap_or(usize::MAX);
-                start
-                    .checked_add(len)
-                    .and_then(|end| bytes.get(start..end))
-                    .map(Cow::Borrowed)
-                    .ok_or_else(|| io(std::io::ErrorKind::UnexpectedEof.into()))
-            }
+            Bytes::Static(bytes) => bytes.get(range).map(Cow::Borrowed).ok_or_else(short),
+            Bytes::Owned(bytes) => bytes
+                .get(range)
+                .map(|bytes| Cow::Owned(bytes.to_vec()))
+                .ok_or_else(short),
             Bytes::File(file) => {
                 // A poisoned lock only means that another reader panicked: the file is intact,
                 // and every read seeks first.

@@ -47,7 +47,7 @@ impl Weights {
         let mut entries: BTreeMap<String, (usize, Entry)> = BTreeMap::new();
         for (index, path) in paths.iter().enumerate() {
             let blob = files.blob(path)?;
-            for (key, entry) in read_header(&blob)? {
+            for (key, entry) in read_header(&blob)?.entries {
                 if entries.insert(canonical(&key), (index, entry)).is_some() {
                     return Err(LoadError::Tensor {
                         file: blob.label,
@@ -205,7 +205,7 @@ fn largest(dtype: DType) -> f32 {
 }
 
 /// Little-endian floats of the file as f32, or why not.
-fn to_f32(bytes: &[u8], dtype: FileDType, largest: f32) -> Result<Vec<f32>, String> {
+pub(crate) fn to_f32(bytes: &[u8], dtype: FileDType, largest: f32) -> Result<Vec<f32>, String> {
     fn convert<const N: usize>(
         bytes: &[u8],
         largest: f32,
@@ -242,6 +242,6 @@ fn to_f32(bytes: &[u8], dtype: FileDType, largest: f32) -> Result<Vec<f32>, Stri
         FileDType::F32 => convert(bytes, largest, f32::from_le_bytes),
         FileDType::F16 => convert(bytes, largest, |b| half::f16::from_le_bytes(b).to_f32()),
         FileDType::Bf16 => convert(bytes, largest, |b| half::bf16::from_le_bytes(b).to_f32()),
-        FileDType::Other => Err("is not of dtype F16, BF16 or F32".into()),
+        _ => Err("is not of dtype F16, BF16 or F32".into()),
     }
 }
