@@ -154,7 +154,7 @@ impl<L: Loader> Registry<L> {
     }
 
     /// A manifest's mark and content; a broken one is an answer, too.
-    async fn read_manifest(&self, name: &AdapterName) -> Result<Read, StoreFault> {
+    pub(super) async fn read_manifest(&self, name: &AdapterName) -> Result<Read, StoreFault> {
         let key = Key::new(name, Part::Manifest);
         match self.0.store.read(&key, manifest::LARGEST).await {
             Ok(None) => Ok(None),

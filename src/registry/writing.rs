@@ -25,6 +25,9 @@ pub enum PutPolicy {
 
 /// What a client is told of a file that made the parser panic.
 pub(super) const BAFFLING: &str = "it cannot be read; the cause is in the server's log";
+/// Seconds after which a creator is dead that has written its manifest and not its weights: more
+/// than a request to the store may take.
+const CREATING: u64 = 900;
 /// How every PNG begins.
 const PNG: &[u8] = b"\x89PNG\r\n\x1a\n";
 
@@ -87,10 +90,10 @@ impl<L: Loader> Registry<L> {
             if marks(found.as_ref()) != marks(before.as_ref()) {
                 return Err(lost(&name, policy));
             }
-            match found {
-                None => registry.create(&name, policy, staged, manifest).await,
-                Some(found) => registry.replace(&found, staged, manifest).await,
-            }
+            let replaced = found.as_deref();
+            registry
+                .swap(&name, policy, replaced, staged, manifest)
+                .await
         });
         done.await.map_err(unavailable)?
     }
@@ -138,12 +141,14 @@ impl<L: Loader> Registry<L> {
         }
     }
 
-    /// The manifest goes first: an adapter must not be seen without its owner, and of two creators
-    /// the one whose manifest is there goes on. Without weights beside it a manifest means nothing.
-    async fn create(
+    /// The manifest goes first: an adapter must not be seen without its owner, and of two writers
+    /// at once, on whatever replicas, the one whose manifest is there goes on. Without weights
+    /// beside it a manifest means nothing, and beside other weights its hash is not believed.
+    async fn swap(
         &self,
         name: &AdapterName,
         policy: PutPolicy,
+        replaced: Option<&Entry>,
         staged: Staged,
         mut manifest: Manifest,
     ) -> Result<Arc<Entry>, RegistryError> {
@@ -154,21 +159,24 @@ impl<L: Loader> Registry<L> {
         };
         let [weights, beside, preview] =
             [Part::Weights, Part::Manifest, Part::Preview].map(|part| Key::new(name, part));
-        // Left by a creator that died, or by hand.
-        let orphan = store.head(&beside).await.map_err(explain)?;
-        store
-            .delete(&preview, Expect::Anything)
-            .await
-            .map_err(explain)?;
-        let expect = Expect::still(orphan.as_ref().map(|seen| seen.tag.as_str()));
-        let text = manifest.encode(name)?;
+        let tag = match replaced {
+            Some(entry) => entry.manifest_tag.clone(),
+            None => self.orphan(&beside).await?,
+        };
+        let (text, expect) = (manifest.encode(name)?, Expect::still(tag.as_deref()));
         let first = store.write(&beside, text, expect).await.map_err(explain)?;
+        if replaced.is_none()
+            && let Err(fault) = store.delete(&preview, Expect::Anything).await
+        {
+            self.take_back(&beside, replaced, first.tag).await;
+            return Err(explain(fault));
+        }
         let generation = staged.generation;
-        let seen = match store.publish(&weights, staged, Expect::Nothing).await {
+        let expect = Expect::still(replaced.map(|entry| entry.weights.tag.as_str()));
+        let seen = match store.publish(&weights, staged, expect).await {
             Ok(seen) => seen,
             Err(fault) => {
-                // Should this fail as well, an orphan is left, which the next creator replaces.
-                let _ = store.delete(&beside, Expect::Tag(first.tag)).await;
+                self.take_back(&beside, replaced, first.tag).await;
                 return Err(explain(fault));
             }
         };
@@ -176,51 +184,48 @@ impl<L: Loader> Registry<L> {
         let expect = Expect::Tag(first.tag.clone());
         let tag = match store.write(&beside, manifest.encode(name)?, expect).await {
             Ok(second) => second.tag,
-            // All that is missing is the mark: the hash is computed again after a restart.
+            // All that is missing is the mark: the hash is computed again where it is not known.
             Err(error) => {
-                tracing::warn!(%name, %error, "the manifest was not completed");
+                tracing::warn!(%name, %error, "the manifest was not marked");
                 first.tag
             }
         };
-        Ok(self.made(name, seen, (tag, manifest), false, generation))
+        let preview = replaced.is_some_and(|entry| entry.preview);
+        Ok(self.made(name, seen, (tag, manifest), preview, generation))
     }
 
-    async fn replace(
-        &self,
-        found: &Entry,
-        staged: Staged,
-        mut manifest: Manifest,
-    ) -> Result<Arc<Entry>, RegistryError> {
-        let (store, name) = (&self.0.store, &found.name);
-        let explain = |fault| self.explain(name, fault);
-        // What cannot be written is found before anything is.
-        manifest.encode(name)?;
-        let generation = staged.generation;
-        let expect = Expect::Tag(found.weights.tag.clone());
-        let weights = Key::new(name, Part::Weights);
-        let seen = store
-            .publish(&weights, staged, expect)
-            .await
-            .map_err(explain)?;
-        manifest.etag = Some(seen.tag.clone());
-        let text = manifest.encode(name)?;
-        let expect = Expect::still(found.manifest_tag.as_deref());
-        match store
-            .write(&Key::new(name, Part::Manifest), text, expect)
-            .await
-        {
-            Ok(beside) => {
-                let manifest = (beside.tag, manifest);
-                Ok(self.made(name, seen, manifest, found.preview, generation))
-            }
-            Err(fault) => {
-                self.refresh(name).await?;
-                Err(RegistryError::Unavailable {
-                    reason: format!(
-                        "the weights of `{name}` were replaced and its manifest was not: {fault}; \
-                         send it again"
-                    ),
-                })
+    /// The mark of a manifest without weights, which may be written over: unless a creator on
+    /// another replica has just put it there and is about to put its weights beside it.
+    async fn orphan(&self, beside: &Key) -> Result<Option<String>, RegistryError> {
+        let name = &beside.name;
+        let head = self.0.store.head(beside).await;
+        let read = self.read_manifest(name).await;
+        let (seen, read) = head
+            .and_then(|head| Ok((head, read?)))
+            .map_err(|fault| self.explain(name, fault))?;
+        let Some((tag, manifest)) = read else {
+            return Ok(None);
+        };
+        let unmarked = manifest.is_ok_and(|m| m.sha256.is_some() && m.etag.is_none());
+        let young = seen.is_some_and(|seen| now().saturating_sub(seen.modified) < CREATING);
+        match unmarked && young {
+            true => Err(RegistryError::Conflict(name.clone())),
+            false => Ok(Some(tag)),
+        }
+    }
+
+    /// The manifest as it was before, unless somebody else's is there by now.
+    async fn take_back(&self, beside: &Key, replaced: Option<&Entry>, tag: String) {
+        let (store, expect) = (&self.0.store, Expect::Tag(tag));
+        let before = replaced.filter(|entry| entry.manifest_tag.is_some());
+        let result = match before.map(|entry| entry.manifest.encode(&beside.name)) {
+            Some(Ok(text)) => store.write(beside, text, expect).await.map(drop),
+            _ => store.delete(beside, expect).await.map(drop),
+        };
+        match result {
+            Ok(()) | Err(StoreFault::Unmet) => {}
+            Err(error) => {
+                tracing::error!(name = %beside.name, %error, "a manifest was not taken back");
             }
         }
     }

@@ -38,6 +38,10 @@ impl Remote {
     }
 
     pub fn s3(url: &str, staging: &Path) -> Result<Self, StoreFault> {
+        Self::s3_from(AmazonS3Builder::from_env(), url, staging)
+    }
+
+    fn s3_from(builder: AmazonS3Builder, url: &str, staging: &Path) -> Result<Self, StoreFault> {
         let prefix = url
             .strip_prefix("s3://")
             .filter(|rest| !rest.is_empty())
@@ -58,7 +62,7 @@ impl Remote {
             .with_timeout(Duration::from_secs(600))
             // … and a dead one is noticed by its silence.
             .with_read_timeout(SILENCE);
-        let s3 = AmazonS3Builder::from_env()
+        let s3 = builder
             .with_url(url)
             .with_retry(retry)
             .with_client_options(client)
@@ -148,9 +152,12 @@ impl Remote {
                 }),
                 None => self.head(file).await?.ok_or(StoreFault::Unmet),
             },
-            Err(
-                Error::AlreadyExists { .. } | Error::Precondition { .. } | Error::NotFound { .. },
-            ) => Err(StoreFault::Unmet),
+            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => Err(StoreFault::Unmet),
+            // Of a missing object this is said only where one was to be replaced; else the bucket
+            // is missing.
+            Err(Error::NotFound { .. }) if matches!(expect, Expect::Tag(_)) => {
+                Err(StoreFault::Unmet)
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -187,5 +194,42 @@ fn seen(found: &ObjectMeta) -> Seen {
             format!("{}-{}", found.last_modified.timestamp_millis(), found.size)
         }),
         modified: found.last_modified.timestamp().try_into().unwrap_or(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_s3_that_does_not_answer_is_unavailable_soon() {
+        let folder = tempfile::tempdir().unwrap();
+        // Port 1 is nobody's. With TLS, so that a missing provider would show, too.
+        let builder = AmazonS3Builder::new()
+            .with_endpoint("https://127.0.0.1:1")
+            .with_region("nowhere")
+            .with_access_key_id("id")
+            .with_secret_access_key("secret");
+        let remote = Remote::s3_from(builder, "s3://bucket/some/prefix", folder.path()).unwrap();
+        let began = Instant::now();
+        let listed = remote.list().await.unwrap_err();
+        assert!(matches!(listed, StoreFault::Unavailable(_)), "{listed:?}");
+        let written = remote
+            .write("a.json", Bytes::new(), &Expect::Nothing)
+            .await
+            .unwrap_err();
+        assert!(matches!(written, StoreFault::Unavailable(_)), "{written:?}");
+        assert!(began.elapsed() < 2 * PATIENCE + SILENCE);
+    }
+
+    #[test]
+    fn what_is_no_s3_address_is_said_to_be_none() {
+        let folder = tempfile::tempdir().unwrap();
+        for url in ["s3://", "http://x/y", "bucket"] {
+            let error = Remote::s3(url, folder.path()).unwrap_err();
+            assert!(error.to_string().contains("s3://BUCKET/PREFIX"), "{error}");
+        }
     }
 }

@@ -167,6 +167,17 @@ async fn a_manifest_left_without_weights_means_nothing() {
         (entry.manifest.owner.as_deref(), entry.manifest.pinned),
         (None, false)
     );
+
+    // A creator elsewhere that is between its two steps, and one that died there.
+    let half = format!(r#"{{"owner": "anna", "sha256": "{}"}}"#, sha("two"));
+    ground.drop_in("b.json", &half);
+    let error = put(&registry, "b", PutPolicy::Create, "mine").await;
+    assert_eq!(error.unwrap_err(), RegistryError::Conflict(name("b")));
+    assert_eq!(fs::read_to_string(ground.at("b.json")).unwrap(), half);
+    let file = fs::File::options().write(true).open(ground.at("b.json"));
+    let long_ago = SystemTime::now() - Duration::from_secs(3600);
+    file.unwrap().set_modified(long_ago).unwrap();
+    create(&registry, "b", "mine").await;
 }
 
 #[tokio::test]
