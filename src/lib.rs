@@ -13,6 +13,7 @@
 //! | [`api`] | HTTP: routes, fields, answers, the table from errors to statuses | tensors |
 //! | [`engine`] | the queue, the batcher, the device thread, progress, health | HTTP |
 //! | [`pipeline`] | from a checked request to pixels, one evaluation of the model at a time | threads |
+//! | [`registry`] | where adapters live: folder or object store, memory tiers, leases (not wired into the server yet) | tensors, HTTP |
 //! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
 //! | [`noise`] | PyTorch's random numbers | everything else |
 //! | [`adapters`] | adapter files become deltas by site, and are written | devices, requests |
@@ -120,5 +121,6 @@ pub mod models;
 pub mod noise;
 pub mod ops;
 pub mod pipeline;
+pub mod registry;
 pub mod schedulers;
 pub mod telemetry;

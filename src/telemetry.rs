@@ -73,5 +73,32 @@ fn install() -> Result<PrometheusHandle, String> {
     describe_gauge!("lorikeet_running_rows", "Rows in the running batch");
     describe_counter!("lorikeet_steps_total", "Denoising steps done, per picture");
     describe_counter!("lorikeet_pictures_total", "Pictures finished");
+    describe_gauge!("lorikeet_adapters", "Adapters in the registry");
+    describe_gauge!(
+        "lorikeet_adapter_store_up",
+        "1 while the adapter store could be listed the last time"
+    );
+    describe_counter!(
+        "lorikeet_adapter_hits_total",
+        "Leases answered by a tier at once"
+    );
+    describe_counter!(
+        "lorikeet_adapter_misses_total",
+        "Leases that had to wait for a load into a tier"
+    );
+    describe_counter!(
+        "lorikeet_adapter_evictions_total",
+        "Adapters put out of a tier for others"
+    );
+    describe_histogram!(
+        "lorikeet_adapter_load_seconds",
+        Unit::Seconds,
+        "Reading an adapter from the store, and bringing it into host memory in all"
+    );
+    describe_gauge!(
+        "lorikeet_adapter_resident_bytes",
+        Unit::Bytes,
+        "Bytes of adapters in a tier"
+    );
     Ok(handle)
 }

@@ -1,0 +1,316 @@
+//! Adapters in memory, within a budget of bytes.
+//!
+//! A cache that evicts whatever is oldest (moka, say) would strike an adapter off its account while
+//! a request still paints with it: the memory stays, the account forgets it, and the budget means
+//! nothing. Here an entry goes only when the tier holds the last reference to it and nobody pinned
+//! it; what is in use is on the account for as long as it is in memory.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use super::{AdapterName, Generation};
+
+/// An adapter in memory. Whoever holds it keeps it there.
+#[derive(Debug)]
+pub struct Resident<T> {
+    pub generation: Generation,
+    /// What it takes of the tier's budget.
+    pub bytes: u64,
+    pub value: T,
+}
+
+/// What is in use or pinned leaves no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NoRoom {
+    pub budget: u64,
+    /// Bytes that cannot be freed now.
+    pub held: u64,
+}
+
+/// What a tier holds at a moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    pub adapters: usize,
+    pub bytes: u64,
+    pub budget: u64,
+}
+
+/// Adapters by generation, least recently used out first.
+#[derive(Debug)]
+pub struct Tier<T> {
+    label: &'static str,
+    budget: u64,
+    state: Mutex<State<T>>,
+}
+
+#[derive(Debug)]
+struct State<T> {
+    slots: HashMap<Generation, Slot<T>>,
+    used: u64,
+    /// Counts uses, in place of a clock.
+    now: u64,
+}
+
+#[derive(Debug)]
+struct Slot<T> {
+    resident: Arc<Resident<T>>,
+    last_use: u64,
+    pinned_by: BTreeSet<AdapterName>,
+}
+
+impl<T> Slot<T> {
+    /// New references are made under the tier's lock or of another reference only, so under the
+    /// lock a count of one stays one.
+    fn idle(&self) -> bool {
+        self.pinned_by.is_empty() && Arc::strong_count(&self.resident) == 1
+    }
+}
+
+impl<T> Tier<T> {
+    /// An empty tier; `label` names it in the metrics.
+    pub fn new(label: &'static str, budget: u64) -> Self {
+        let state = State {
+            slots: HashMap::new(),
+            used: 0,
+            now: 0,
+        };
+        Self {
+            label,
+            budget,
+            state: Mutex::new(state),
+        }
+    }
+
+    pub fn label(&self) -> &'static str {
+        self.label
+    }
+
+    /// Nothing under the lock can panic between two halves of a change.
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The adapter if it is here, now the most recently used.
+    pub fn get(&self, generation: &Generation) -> Option<Arc<Resident<T>>> {
+        let mut state = self.lock();
+        state.now += 1;
+        let now = state.now;
+        let slot = state.slots.get_mut(generation)?;
+        slot.last_use = now;
+        Some(slot.resident.clone())
+    }
+
+    /// Whether it is here, without using it.
+    pub fn contains(&self, generation: &Generation) -> bool {
+        self.lock().slots.contains_key(generation)
+    }
+
+    /// Takes an adapter in, making room if it must. What is here already under the same
+    /// generation stays, and the new copy is dropped.
+    pub fn insert(
+        &self,
+        generation: Generation,
+        value: T,
+        bytes: u64,
+    ) -> Result<Arc<Resident<T>>, NoRoom> {
+        if let Some(resident) = self.get(&generation) {
+            return Ok(resident);
+        }
+        let resident = Arc::new(Resident {
+            generation,
+            bytes,
+            value,
+        });
+        // Large buffers are given back outside the lock.
+        let mut evicted = Vec::new();
+        let mut state = self.lock();
+        // Another load of the same content may have come first.
+        if let Some(slot) = state.slots.get(&generation) {
+            return Ok(slot.resident.clone());
+        }
+        let idle = state.slots.values().filter(|slot| slot.idle());
+        let held = state.used - idle.map(|slot| slot.resident.bytes).sum::<u64>();
+        if held.saturating_add(bytes) > self.budget {
+            return Err(NoRoom {
+                budget: self.budget,
+                held,
+            });
+        }
+        while state.used.saturating_add(bytes) > self.budget {
+            let idle = state.slots.iter().filter(|(_, slot)| slot.idle());
+            let Some((&oldest, _)) = idle.min_by_key(|(_, slot)| slot.last_use) else {
+                // A lease cannot appear under the lock; should one, the account stays right.
+                return Err(NoRoom {
+                    budget: self.budget,
+                    held: state.used,
+                });
+            };
+            evicted.extend(state.remove(&oldest));
+        }
+        state.now += 1;
+        let last_use = state.now;
+        state.used += bytes;
+        let slot = Slot {
+            resident: resident.clone(),
+            last_use,
+            pinned_by: BTreeSet::new(),
+        };
+        state.slots.insert(generation, slot);
+        self.account(&state, evicted.len());
+        Ok(resident)
+    }
+
+    /// Keeps an adapter here whatever comes, or no longer; pins are counted by name.
+    pub fn pin(&self, generation: &Generation, name: &AdapterName, pinned: bool) {
+        if let Some(slot) = self.lock().slots.get_mut(generation) {
+            match pinned {
+                true => slot.pinned_by.insert(name.clone()),
+                false => slot.pinned_by.remove(name),
+            };
+        }
+    }
+
+    /// `name` no longer means this generation: it goes now if it is idle, else as any other does.
+    pub fn retire(&self, generation: &Generation, name: &AdapterName) {
+        let mut state = self.lock();
+        let Some(slot) = state.slots.get_mut(generation) else {
+            return;
+        };
+        slot.pinned_by.remove(name);
+        if slot.idle() {
+            let gone = state.remove(generation);
+            self.account(&state, 0);
+            drop(state);
+            drop(gone);
+        }
+    }
+
+    pub fn usage(&self) -> Usage {
+        let state = self.lock();
+        Usage {
+            adapters: state.slots.len(),
+            bytes: state.used,
+            budget: self.budget,
+        }
+    }
+
+    fn account(&self, state: &State<T>, evicted: usize) {
+        let tier = self.label;
+        metrics::gauge!("lorikeet_adapter_resident_bytes", "tier" => tier).set(state.used as f64);
+        metrics::counter!("lorikeet_adapter_evictions_total", "tier" => tier)
+            .increment(evicted as u64);
+    }
+}
+
+impl<T> State<T> {
+    fn remove(&mut self, generation: &Generation) -> Option<Slot<T>> {
+        let slot = self.slots.remove(generation)?;
+        self.used -= slot.resident.bytes;
+        Some(slot)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn generation(of: u8) -> Generation {
+        Generation::of(&[of])
+    }
+
+    fn filled(budget: u64, of: &[u8]) -> Tier<u8> {
+        let tier = Tier::new("test", budget);
+        for &n in of {
+            tier.insert(generation(n), n, 10).unwrap();
+        }
+        tier
+    }
+
+    #[test]
+    fn the_least_recently_used_goes_first() {
+        let tier = filled(30, &[1, 2, 3]);
+        assert!(tier.get(&generation(1)).is_some());
+        tier.insert(generation(4), 4, 10).unwrap();
+        let here: Vec<u8> = (1..=4).filter(|&n| tier.contains(&generation(n))).collect();
+        assert_eq!(here, [1, 3, 4]);
+    }
+
+    #[test]
+    fn what_is_leased_or_pinned_stays_and_stays_on_the_account() {
+        let tier = filled(30, &[1, 2, 3]);
+        let lease = tier.get(&generation(1)).unwrap();
+        let name = AdapterName::new("a").unwrap();
+        tier.pin(&generation(2), &name, true);
+        assert_eq!(
+            tier.insert(generation(4), 4, 11).unwrap_err(),
+            NoRoom {
+                budget: 30,
+                held: 20
+            }
+        );
+        // A refusal evicts nothing.
+        assert_eq!(
+            tier.usage(),
+            Usage {
+                adapters: 3,
+                bytes: 30,
+                budget: 30
+            }
+        );
+        tier.insert(generation(4), 4, 10).unwrap();
+        assert!(!tier.contains(&generation(3)));
+
+        drop(lease);
+        tier.pin(&generation(2), &name, false);
+        tier.insert(generation(5), 5, 30).unwrap();
+        assert_eq!(
+            tier.usage(),
+            Usage {
+                adapters: 1,
+                bytes: 30,
+                budget: 30
+            }
+        );
+    }
+
+    #[test]
+    fn a_retired_generation_lives_as_long_as_its_lease() {
+        let tier = filled(30, &[1]);
+        let name = AdapterName::new("a").unwrap();
+        let lease = tier.get(&generation(1)).unwrap();
+        tier.retire(&generation(1), &name);
+        assert_eq!((lease.value, tier.usage().bytes), (1, 10));
+        drop(lease);
+        tier.retire(&generation(1), &name);
+        assert_eq!(tier.usage().bytes, 0);
+    }
+
+    proptest! {
+        #[test]
+        fn the_account_is_the_sum_of_what_is_here_and_within_the_budget(
+            calls in proptest::collection::vec((0u8..4, 0u8..12, 0u64..40), 1..200)
+        ) {
+            let tier = Tier::new("test", 100);
+            let (name, mut leases) = (AdapterName::new("a").unwrap(), Vec::new());
+            for (call, n, bytes) in calls {
+                match call {
+                    0 => leases.extend(tier.insert(generation(n), n, bytes)),
+                    1 => { let _ = tier.insert(generation(n), n, bytes); }
+                    2 => tier.pin(&generation(n), &name, bytes % 2 == 0),
+                    _ => { if !leases.is_empty() { leases.swap_remove(n as usize % leases.len()); } }
+                }
+                let state = tier.lock();
+                let sum: u64 = state.slots.values().map(|slot| slot.resident.bytes).sum();
+                prop_assert_eq!(state.used, sum);
+                prop_assert!(sum <= 100);
+                for lease in &leases {
+                    prop_assert!(state.slots.contains_key(&lease.generation));
+                }
+            }
+        }
+    }
+}
