@@ -293,6 +293,7 @@ fn a_file_of_another_family_is_refused_by_both_names() {
         name: format!("unet.{path}").into(),
         kind: SiteKind::Linear,
         weight_shape: vec![640, 768],
+        geometry: None,
     };
     let table = SiteTable::new(&[site]).unwrap();
     let underscored = path.replace('.', "_");

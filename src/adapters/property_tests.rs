@@ -207,6 +207,7 @@ fn the_blocks_of_stable_diffusion_1_have_stabilitys_numbers() {
             name: format!("unet.{path}").into(),
             kind: SiteKind::Conv2d,
             weight_shape: vec![8, 8, 1, 1],
+            geometry: None,
         })
         .collect();
     let table = SiteTable::new(&sites).unwrap();
@@ -224,6 +225,7 @@ fn a_model_with_two_sites_of_one_spelling_is_refused() {
         name: name.into(),
         kind: SiteKind::Linear,
         weight_shape: vec![8, 8],
+        geometry: None,
     };
     let error = SiteTable::new(&[site("unet.a.b_c"), site("unet.a_b.c")]).unwrap_err();
     assert_eq!(
