@@ -8,18 +8,17 @@ use std::{
     time::Duration,
 };
 
-use image::{GrayImage, RgbImage};
 use lorikeet::{
     api::{HttpSettings, openapi_document},
     engine::SubmitError,
 };
 use reqwest::{
-    Client, RequestBuilder, StatusCode,
+    Client, StatusCode,
     multipart::{Form, Part},
 };
 use serde_json::{Value, json};
 
-use crate::support::{Server, StandIn, mask, ok, png, quick, refusal, shared};
+use crate::support::{Server, StandIn, ok, quick, refusal, shared};
 
 /// Values of JSON fields: what is changed in a good request, the field that is named, and words
 /// that the message must have.

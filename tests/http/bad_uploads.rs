@@ -7,7 +7,7 @@ use reqwest::{
 };
 use serde_json::json;
 
-use crate::support::{mask, png, refusal, shared};
+use crate::support::{mask, png, quick, refusal, shared};
 
 fn edit(form: Form) -> RequestBuilder {
     Client::new()
