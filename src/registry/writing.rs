@@ -203,12 +203,19 @@ impl<L: Loader> Registry<L> {
         let (seen, read) = head
             .and_then(|head| Ok((head, read?)))
             .map_err(|fault| self.explain(name, fault))?;
+        // Only now, since a creator's weights come after its manifest: what was read may be the
+        // manifest of an adapter that has come since we looked.
+        let weights = self.0.store.head(&Key::new(name, Part::Weights)).await;
+        let there = weights
+            .map_err(|fault| self.explain(name, fault))?
+            .is_some();
         let Some((tag, manifest)) = read else {
+            // Then the first to write one goes on.
             return Ok(None);
         };
         let unmarked = manifest.is_ok_and(|m| m.sha256.is_some() && m.etag.is_none());
         let young = seen.is_some_and(|seen| now().saturating_sub(seen.modified) < CREATING);
-        match unmarked && young {
+        match there || (unmarked && young) {
             true => Err(RegistryError::Conflict(name.clone())),
             false => Ok(Some(tag)),
         }
@@ -311,9 +318,18 @@ impl<L: Loader> Registry<L> {
         let deleted = store.delete(&Key::new(name, Part::Weights), expect).await;
         deleted.map_err(|fault| self.explain(name, fault))?;
         self.remember(name, None);
-        for part in [Part::Manifest, Part::Preview] {
-            if let Err(error) = store.delete(&Key::new(name, part), Expect::Anything).await {
-                tracing::warn!(%name, ?part, %error, "a file of a deleted adapter was left");
+        // Another replica may have made a new one meanwhile: then the manifest is not ours.
+        let beside = found.manifest_tag.clone().map(Expect::Tag);
+        let left = [
+            beside.map(|expect| (Part::Manifest, expect)),
+            Some((Part::Preview, Expect::Anything)),
+        ];
+        for (part, expect) in left.into_iter().flatten() {
+            match store.delete(&Key::new(name, part), expect).await {
+                Ok(_) | Err(StoreFault::Unmet) => {}
+                Err(error) => {
+                    tracing::warn!(%name, ?part, %error, "a file of a deleted adapter was left");
+                }
             }
         }
         Ok(())
