@@ -198,12 +198,11 @@ impl<L: Loader> Registry<L> {
     /// another replica has just put it there and is about to put its weights beside it.
     async fn orphan(&self, beside: &Key) -> Result<Option<String>, RegistryError> {
         let name = &beside.name;
-        let head = self.0.store.head(beside).await;
-        let read = self.read_manifest(name).await;
-        let (seen, read) = head
-            .and_then(|head| Ok((head, read?)))
-            .map_err(|fault| self.explain(name, fault))?;
-        // Only now, since a creator's weights come after its manifest: what was read may be the
+        let explain = |fault| self.explain(name, fault);
+        let read = self.read_manifest(name).await.map_err(explain)?;
+        // After the reading: were it before, a manifest written between the two would have no age.
+        let seen = self.0.store.head(beside).await.map_err(explain)?;
+        // Last, since a creator's weights come after its manifest: what was read may be the
         // manifest of an adapter that has come since we looked.
         let weights = self.0.store.head(&Key::new(name, Part::Weights)).await;
         let there = weights

@@ -140,7 +140,9 @@ impl Folder {
 
     pub fn write(&self, file: &str, bytes: &[u8], expect: &Expect) -> Result<Seen, StoreFault> {
         let (path, mut staged) = staging::create(&self.staging)?;
-        let written = staged.write_all(bytes).and_then(|()| staged.sync_all());
+        let written = staged
+            .write_all(bytes)
+            .and_then(|()| staging::complete(&staged));
         let result = written
             .map_err(StoreFault::from)
             .and_then(|()| self.commit(file, &path, expect));

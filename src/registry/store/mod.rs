@@ -1,7 +1,7 @@
 //! Where the files lie: a folder, or an object store.
 //!
 //! Both promise the same: a file is seen whole or not at all, a write can be made to depend on what
-//! is there ([`Expect`]), and an unreachable store is an error, never an empty one.
+//! is there (`Expect`), and an unreachable store is an error, never an empty one.
 
 mod folder;
 mod remote;
@@ -95,7 +95,7 @@ impl Expect {
 /// Why a store did not do it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreFault {
-    /// What [`Expect`] asked for was not so.
+    /// What the write was to depend on was not so.
     #[error("the file is not what was expected")]
     Unmet,
     #[error("the file has more than {limit} bytes")]

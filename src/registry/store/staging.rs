@@ -80,7 +80,8 @@ pub(in super::super) async fn spool<E: fmt::Display>(
     let path = Removed(path);
     let mut file = tokio::fs::File::from_std(file);
     let (size, generation) = drain(&mut file, body, limit).await?;
-    file.sync_all().await?;
+    let file = file.into_std().await;
+    super::blocking(move || Ok(complete(&file)?)).await?;
     Ok(Staged {
         path,
         size,
@@ -114,6 +115,13 @@ pub(super) fn create(folder: &Path) -> io::Result<(PathBuf, File)> {
     let path = folder.join(format!("{}.tmp", Uuid::now_v7()));
     let file = File::options().write(true).create_new(true).open(&path)?;
     Ok((path, file))
+}
+
+/// To the disk, with a time to the nanosecond. The system's own is that of its last tick, and inodes
+/// are used again: without this, two files a moment apart could have one mark.
+pub(super) fn complete(file: &File) -> io::Result<()> {
+    file.set_modified(SystemTime::now())?;
+    file.sync_all()
 }
 
 /// Makes the staging folder, but none above it: a store that is gone is not to come back empty.
