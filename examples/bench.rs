@@ -188,10 +188,8 @@ fn low_rank(
             continue;
         }
         let (output, input) = (site.weight_shape[0], site.weight_shape[1]);
-        let term = Term::LowRank {
-            down: ops::Linear::new(randn(&[rank, input])?, None)?,
-            up: ops::Linear::new(randn(&[output, rank])?, None)?,
-        };
+        let (down, up) = (randn(&[rank, input])?, randn(&[output, rank])?);
+        let term = Term::low_rank(site.geometry, down, up)?;
         let delta = SiteDelta {
             terms: vec![term],
             ..SiteDelta::default()

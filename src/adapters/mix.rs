@@ -11,10 +11,7 @@ use std::collections::HashMap;
 use candle_core::{Result, Tensor};
 
 use super::{Adapter, Axis, Change, Delta, LowRank};
-use crate::{
-    models::{ConvGeometry, DeltaSet, Site, SiteDelta, SiteKind, Term},
-    ops,
-};
+use crate::models::{DeltaSet, Site, SiteDelta, SiteKind, Term};
 
 /// An adapter of a request, and how much of it is wanted; 1 is what it was trained for, less than 0
 /// the opposite.
@@ -162,11 +159,11 @@ impl Mixture {
         if !self.downs.is_empty() {
             let down = Tensor::cat(&self.downs, 0)?;
             let up = Tensor::cat(&self.ups, 1)?;
-            delta.terms.push(low_rank(site.geometry, down, up)?);
+            delta.terms.push(Term::low_rank(site.geometry, down, up)?);
         }
         match self.dense {
             Some(weight) if norm => delta.weight = Some(weight),
-            Some(weight) => delta.terms.push(dense(site.geometry, weight)?),
+            Some(weight) => delta.terms.push(Term::dense(site.geometry, weight)?),
             None => {}
         }
         Ok(delta)
@@ -181,33 +178,6 @@ fn plus(sum: &mut Option<Tensor>, more: Tensor, start: Option<Tensor>) -> Result
         None => more,
     });
     Ok(())
-}
-
-fn low_rank(geometry: Option<ConvGeometry>, down: Tensor, up: Tensor) -> Result<Term> {
-    let up = ops::Linear::new(up, None)?;
-    let Some(at) = geometry else {
-        let down = ops::Linear::new(down, None)?;
-        return Ok(Term::LowRank { down, up });
-    };
-    let down = ops::Conv2d::new(down, None, at.stride, at.padding)?;
-    Ok(match at.upsampled {
-        true => Term::LowRankUpsampled {
-            down: ops::UpsampledConv2d::new(down),
-            up,
-        },
-        false => Term::LowRankConv { down, up },
-    })
-}
-
-fn dense(geometry: Option<ConvGeometry>, weight: Tensor) -> Result<Term> {
-    let Some(at) = geometry else {
-        return Ok(Term::Dense(ops::Linear::new(weight, None)?));
-    };
-    let conv = ops::Conv2d::new(weight, None, at.stride, at.padding)?;
-    Ok(match at.upsampled {
-        true => Term::DenseUpsampled(ops::UpsampledConv2d::new(conv)),
-        false => Term::DenseConv(conv),
-    })
 }
 
 #[cfg(test)]

@@ -6,9 +6,9 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::{
     DeltaBatch, DeltaSet, Deltas, Model, Site, SiteDelta, SiteKind, Term,
-    fault_tests::{Folder, TEXT, UNET},
+    test_folder::{Folder, TEXT, UNET},
 };
-use crate::{noise::Generator, ops};
+use crate::noise::Generator;
 
 /// Which forms of delta a set has.
 #[derive(Clone, Copy, PartialEq)]
@@ -53,7 +53,7 @@ impl Maker {
                 (true, true) => (None, self.randn(&[output], 0.1)),
                 (false, true) => {
                     let weight = self.randn(&site.weight_shape, 0.05);
-                    (Some(dense(site, &weight)?), weight)
+                    (Some(Term::dense(site.geometry, weight.clone())?), weight)
                 }
                 (false, false) => {
                     let (term, weight) = self.low_rank(site, 1 + index % 5)?;
@@ -84,38 +84,9 @@ impl Maker {
         let weight = up
             .matmul(&down.flatten_from(1)?)?
             .reshape(site.weight_shape.as_slice())?;
-        let up = ops::Linear::new(up, None)?;
-        let term = match site.geometry {
-            None => Term::LowRank {
-                down: ops::Linear::new(down, None)?,
-                up,
-            },
-            Some(at) => {
-                let down = ops::Conv2d::new(down, None, at.stride, at.padding)?;
-                match at.upsampled {
-                    true => Term::LowRankUpsampled {
-                        down: ops::UpsampledConv2d::new(down),
-                        up,
-                    },
-                    false => Term::LowRankConv { down, up },
-                }
-            }
-        };
+        let term = Term::low_rank(site.geometry, down, up)?;
         Ok((term, weight))
     }
-}
-
-fn dense(site: &Site, weight: &Tensor) -> Result<Term> {
-    Ok(match site.geometry {
-        None => Term::Dense(ops::Linear::new(weight.clone(), None)?),
-        Some(at) => {
-            let conv = ops::Conv2d::new(weight.clone(), None, at.stride, at.padding)?;
-            match at.upsampled {
-                true => Term::DenseUpsampled(ops::UpsampledConv2d::new(conv)),
-                false => Term::DenseConv(conv),
-            }
-        }
-    })
 }
 
 /// The UNet's attention has no biases but at its end.

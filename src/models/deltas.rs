@@ -9,6 +9,7 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{Result, Tensor};
 
+use super::ConvGeometry;
 use crate::ops;
 
 /// A part of what a site's adapters add.
@@ -164,10 +165,31 @@ pub(super) fn each_part(
     }
 }
 
+/// From a site's own result `y` for `x` to that under the adapters of its rows. `bias` is the site's own,
+/// and `size` that of a doubled picture.
+pub(super) fn adapt(
+    parts: Option<Parts>,
+    x: &Tensor,
+    y: Tensor,
+    bias: Option<&Tensor>,
+    size: Option<[usize; 2]>,
+) -> Result<Tensor> {
+    let Some(parts) = parts else {
+        return Ok(y);
+    };
+    each_part(&parts, |rows, delta| {
+        let y = y.narrow(0, rows.start, rows.len())?;
+        match delta {
+            Some(delta) => delta.apply(&x.narrow(0, rows.start, rows.len())?, y, bias, size),
+            None => Ok(y),
+        }
+    })
+}
+
 impl SiteDelta {
     /// From the site's own result `y` for `x` to that under the adapters. `own_bias` is the site's, and
     /// `size` that of a doubled picture.
-    pub(super) fn apply(
+    fn apply(
         &self,
         x: &Tensor,
         y: Tensor,
@@ -195,6 +217,42 @@ impl SiteDelta {
 }
 
 impl Term {
+    /// `ΔW = up · down` at a site: `down` is `[rank, in]` for a linear map and `[rank, in, kh, kw]` for a
+    /// convolution, whose geometry says how it lies; `up` is `[out, rank]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit together.
+    pub fn low_rank(geometry: Option<ConvGeometry>, down: Tensor, up: Tensor) -> Result<Self> {
+        let up = ops::Linear::new(up, None)?;
+        let Some(at) = geometry else {
+            let down = ops::Linear::new(down, None)?;
+            return Ok(Self::LowRank { down, up });
+        };
+        let down = ops::Conv2d::new(down, None, at.stride, at.padding)?;
+        Ok(match at.upsampled {
+            true => Self::LowRankUpsampled {
+                down: ops::UpsampledConv2d::new(down),
+                up,
+            },
+            false => Self::LowRankConv { down, up },
+        })
+    }
+
+    /// `ΔW` at a site, in the shape of its weight.
+    ///
+    /// # Errors
+    /// Another number of dimensions than the site's kind has.
+    pub fn dense(geometry: Option<ConvGeometry>, weight: Tensor) -> Result<Self> {
+        let Some(at) = geometry else {
+            return Ok(Self::Dense(ops::Linear::new(weight, None)?));
+        };
+        let conv = ops::Conv2d::new(weight, None, at.stride, at.padding)?;
+        Ok(match at.upsampled {
+            true => Self::DenseUpsampled(ops::UpsampledConv2d::new(conv)),
+            false => Self::DenseConv(conv),
+        })
+    }
+
     /// `y` and what this term makes of `x`.
     fn add(&self, x: &Tensor, y: &Tensor, size: Option<[usize; 2]>) -> Result<Tensor> {
         let doubled = || match size {

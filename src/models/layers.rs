@@ -5,7 +5,9 @@ use std::cell::RefCell;
 use candle_core::{Result, Tensor};
 
 use super::{
-    ConvGeometry, Deltas, LoadError, Site, SiteDelta, SiteKind, deltas::each_part, weights::Weights,
+    ConvGeometry, Deltas, LoadError, Site, SiteDelta, SiteKind,
+    deltas::{adapt, each_part},
+    weights::Weights,
 };
 use crate::ops;
 
@@ -132,8 +134,7 @@ impl Linear {
 
     /// `x` is `[rows, .., in]`; the result `[rows, .., out]`.
     pub fn forward(&self, x: &Tensor, deltas: Deltas) -> Result<Tensor> {
-        let y = self.inner.forward(x)?;
-        self.adapt(x, y, deltas, |row| row)
+        self.forward_ragged(x, deltas, |row| row)
     }
 
     /// `forward(x) + y`; `y` is `[rows, .., out]`.
@@ -153,29 +154,7 @@ impl Linear {
         start: impl Fn(usize) -> usize,
     ) -> Result<Tensor> {
         let y = self.inner.forward(x)?;
-        self.adapt(x, y, deltas, start)
-    }
-
-    fn adapt(
-        &self,
-        x: &Tensor,
-        y: Tensor,
-        deltas: Deltas,
-        start: impl Fn(usize) -> usize,
-    ) -> Result<Tensor> {
-        let Some(parts) = deltas.at(self.site, start) else {
-            return Ok(y);
-        };
-        each_part(&parts, |rows, delta| {
-            let y = y.narrow(0, rows.start, rows.len())?;
-            match delta {
-                Some(delta) => {
-                    let x = x.narrow(0, rows.start, rows.len())?;
-                    delta.apply(&x, y, self.inner.bias(), None)
-                }
-                None => Ok(y),
-            }
-        })
+        adapt(deltas.at(self.site, start), x, y, self.inner.bias(), None)
     }
 }
 
@@ -245,7 +224,8 @@ impl Conv2d {
     /// `x` is `[b, h, w, in]`; the result `[b, h', w', out]`.
     pub fn forward(&self, x: &Tensor, deltas: Deltas) -> Result<Tensor> {
         let y = self.inner.forward(x)?;
-        adapt_conv(self.site, x, y, self.inner.bias(), None, deltas)
+        let parts = deltas.at(self.site, |row| row);
+        adapt(parts, x, y, self.inner.bias(), None)
     }
 
     /// `forward(x) + y`; `y` is `[b, h', w', out]`.
@@ -264,27 +244,6 @@ impl Conv2d {
         }
         self.inner.forward_shift(x, y)
     }
-}
-
-/// From a convolution's own result to that under the rows' adapters.
-fn adapt_conv(
-    site: usize,
-    x: &Tensor,
-    y: Tensor,
-    bias: Option<&Tensor>,
-    size: Option<[usize; 2]>,
-    deltas: Deltas,
-) -> Result<Tensor> {
-    let Some(parts) = deltas.at(site, |row| row) else {
-        return Ok(y);
-    };
-    each_part(&parts, |rows, delta| {
-        let y = y.narrow(0, rows.start, rows.len())?;
-        match delta {
-            Some(delta) => delta.apply(&x.narrow(0, rows.start, rows.len())?, y, bias, size),
-            None => Ok(y),
-        }
-    })
 }
 
 /// A picture doubled in size (nearest neighbour), then a 3x3 convolution that knows its name.
@@ -309,7 +268,8 @@ impl UpsampledConv2d {
     /// less.
     pub fn forward(&self, x: &Tensor, size: [usize; 2], deltas: Deltas) -> Result<Tensor> {
         let y = self.inner.forward(x, size)?;
-        adapt_conv(self.site, x, y, self.bias.as_ref(), Some(size), deltas)
+        let parts = deltas.at(self.site, |row| row);
+        adapt(parts, x, y, self.bias.as_ref(), Some(size))
     }
 }
 

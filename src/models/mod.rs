@@ -3,6 +3,9 @@
 //! Everything is driven by the folder's own config files (diffusers' layout); a value that is not
 //! supported is an error at load, never a silently different picture. Feature maps, latents and
 //! pictures are channels-last.
+//!
+//! Weights never change once they are loaded. What adapters add goes into a forward as an argument
+//! ([`Deltas`]), row by row.
 
 mod clip;
 mod config;
@@ -25,6 +28,10 @@ mod delta_tests;
 mod fault_tests;
 #[cfg(test)]
 mod golden_tests;
+#[cfg(test)]
+mod test_folder;
+#[cfg(test)]
+mod weight_fault_tests;
 
 pub use clip::ClipTextModel;
 pub use deltas::{DeltaBatch, DeltaSet, Deltas, SiteDelta, Term};
