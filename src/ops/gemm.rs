@@ -96,13 +96,7 @@ impl Packed {
                 }
             }
         }
-        Self {
-            outputs,
-            taps: 1,
-            depth,
-            lines,
-            bias: None,
-        }
+        Self::of_lines(lines, outputs, depth)
     }
 
     /// Packs `depth` rows of `outputs` numbers that lie `stride` apart, the other way round: values,
@@ -116,6 +110,10 @@ impl Packed {
                 lines[p * depth + k].0[..numbers.len()].copy_from_slice(numbers);
             }
         }
+        Self::of_lines(lines, outputs, depth)
+    }
+
+    fn of_lines(lines: Vec<Line>, outputs: usize, depth: usize) -> Self {
         Self {
             outputs,
             taps: 1,
