@@ -16,13 +16,14 @@
 //! | [`registry`] | where adapters live: folder or object store, memory tiers, leases (not wired into the server yet) | tensors, HTTP |
 //! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
 //! | [`noise`] | PyTorch's random numbers | everything else |
-//! | [`adapters`] | adapter files become deltas by site, and are written | devices, requests |
-//! | [`models`] | CLIP, UNet, VAE, tokenizer, and reading them from a folder | requests |
-//! | [`ops`] | convolution, attention, norms, matrix products | models |
+//! | [`adapters`] | adapter files become deltas by site, are mixed for one model, and are written (not wired into the server yet) | requests |
+//! | [`models`] | CLIP, UNet, VAE, tokenizer, reading them from a folder; what adapters add to their rows | requests |
+//! | [`ops`] | convolution, attention, norms, matrix products; the memory and threads they use | models |
 //!
 //! Dependencies point one way:
 //! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise}`, `adapters -> models` and
-//! `models -> ops`.
+//! `models -> ops`. The process-wide settings of `ops` (memory kept, threads) are made by `cli` and by
+//! the idle device thread.
 //! Three types are all that passes between the upper rooms: a dialect's fields become a
 //! [`RequestDraft`], validation makes an [`ImageRequest`] of it, and the engine answers with
 //! [`Picture`]s.
@@ -73,7 +74,9 @@
 //!    and tensors are read one by one, converted to the device's arithmetic.
 //! 3. **Sites.** While the parts are built, every linear map, convolution and norm is recorded under
 //!    its diffusers name as a [`Site`]. Adapters hang their deltas there: a [`SiteTable`] has every
-//!    name by which any dialect of adapter files may call one ([`Adapter::open`]).
+//!    name by which any dialect of adapter files may call one ([`Adapter::open`]), `adapters::mix`
+//!    joins several adapters into one [`DeltaSet`], and a forward takes a [`DeltaBatch`] of them, one
+//!    for each row. The server passes none yet.
 //! 4. **The pipeline** joins the model with its scheduler's config ([`Pipeline::new`]), and
 //!    [`engine::open`] runs it once on zeros, so that a device that cannot do it is found now and
 //!    not by the first client.
@@ -108,6 +111,8 @@
 //! [`Sampler`]: schedulers::Sampler
 //! [`Model::load`]: models::Model::load
 //! [`Site`]: models::Site
+//! [`DeltaSet`]: models::DeltaSet
+//! [`DeltaBatch`]: models::DeltaBatch
 //! [`SiteTable`]: adapters::SiteTable
 //! [`Adapter::open`]: adapters::Adapter::open
 //! [`AppState::set_painter`]: api::AppState::set_painter
