@@ -10,6 +10,7 @@ mod batcher;
 #[allow(clippy::module_inception)] // The house is named after its main room.
 mod engine;
 mod job;
+mod loader;
 mod open;
 mod painter;
 mod pipeline_backend;
@@ -23,5 +24,6 @@ mod tests;
 pub use backend::{Backend, BackendError, LatentShape, View};
 pub use engine::{Engine, EngineConfig};
 pub use job::{Health, Job, JobError, Picture, Progress, SubmitError};
+pub use loader::{AdapterLoader, AdapterRegistry};
 pub use open::{DeviceChoice, OpenError, Opened, Precision, open};
 pub use painter::{Drained, EngineStats, ModelInfo, Painter};

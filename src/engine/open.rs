@@ -8,8 +8,9 @@ use std::{
 
 use candle_core::{DType, Device};
 
-use super::{Engine, EngineConfig, ModelInfo};
+use super::{AdapterLoader, Engine, EngineConfig, ModelInfo};
 use crate::{
+    adapters::AdapterError,
     models::{LoadError, Model, ModelSource},
     pipeline::{Pipeline, PipelineError, request::Limits},
     schedulers::SchedulerError,
@@ -45,6 +46,14 @@ pub struct Opened {
 }
 
 impl Opened {
+    /// What reads adapters for this model.
+    ///
+    /// # Errors
+    /// A model whose modules cannot be told apart by name.
+    pub fn adapter_loader(&self) -> Result<AdapterLoader, AdapterError> {
+        AdapterLoader::new(self.pipeline.model())
+    }
+
     /// Starts the engine.
     ///
     /// # Errors
