@@ -154,7 +154,7 @@ impl Delta {
 
 impl Change {
     /// `ΔW` in the given shape; a gain, which has none of its own, is an error.
-    fn compose(&self, shape: &[usize]) -> Result<Tensor> {
+    pub(super) fn compose(&self, shape: &[usize]) -> Result<Tensor> {
         match self {
             Self::LowRank(low) => low.compose(shape),
             Self::Hadamard { left, right, scale } => {
@@ -260,7 +260,7 @@ impl Magnitude {
 
 impl Axis {
     /// A vector as it is broadcast over a weight of so many dimensions.
-    fn beside(self, values: &Tensor, dimensions: usize) -> Result<Tensor> {
+    pub(super) fn beside(self, values: &Tensor, dimensions: usize) -> Result<Tensor> {
         let mut shape = vec![1; dimensions];
         shape[match self {
             Self::Rows => 0,

@@ -143,24 +143,45 @@ impl ClipTextModel {
     /// No rows, rows of different length or longer than [`ClipTextModel::max_positions`], an id
     /// outside the vocabulary, `clip_skip` beyond [`ClipTextModel::layers`].
     pub fn forward(&self, ids: &[Vec<u32>], clip_skip: usize, deltas: Deltas) -> Result<Tensor> {
-        self.encode(&self.embed(ids)?, clip_skip, deltas)
+        self.encode(&self.embed(ids, None)?, clip_skip, deltas)
     }
 
-    /// Token embeddings `[b, t, d]`, without positions: where textual inversion puts its rows.
-    pub fn embed(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+    /// Token embeddings `[b, t, d]`, without positions. Ids from [`ClipTextModel::vocabulary`] on are
+    /// rows of `more` `[n, d]`: the words of textual inversion.
+    ///
+    /// # Errors
+    /// No rows, rows of different length, an id beyond both tables.
+    pub fn embed(&self, ids: &[Vec<u32>], more: Option<&Tensor>) -> Result<Tensor> {
         let t = ids.first().map_or(0, Vec::len);
         if t == 0 || ids.iter().any(|row| row.len() != t) {
             bail!("text encoder: rows of ids must be equally long and not empty");
         }
         let flat: Vec<u32> = ids.concat();
-        let vocabulary = self.tokens.rows();
-        if let Some(id) = flat.iter().find(|id| **id as usize >= vocabulary) {
-            bail!("text encoder: token id {id} is outside the vocabulary of {vocabulary}");
+        let vocabulary = self.vocabulary();
+        let most = vocabulary + more.map_or(0, |more| more.dims()[0]);
+        if let Some(id) = flat.iter().find(|id| **id as usize >= most) {
+            bail!("text encoder: token id {id} is outside the vocabulary of {most}");
         }
-        let flat = Tensor::from_vec(flat, ids.len() * t, self.tokens.device())?;
-        self.tokens
-            .forward(&flat)?
-            .reshape((ids.len(), t, self.hidden_size))
+        let device = self.tokens.device();
+        let column = |row: &dyn Fn(usize) -> u32| {
+            let rows: Vec<u32> = flat.iter().map(|&id| row(id as usize)).collect();
+            Tensor::from_vec(rows, ids.len() * t, device)
+        };
+        let own = |id: usize| id < vocabulary;
+        let table = column(&|id| if own(id) { id as u32 } else { 0 })?;
+        let mut rows = self.tokens.forward(&table)?;
+        if let Some(more) = more.filter(|_| !flat.iter().all(|&id| own(id as usize))) {
+            let places = column(&|id| id.saturating_sub(vocabulary) as u32)?;
+            let words = more.index_select(&places, 0)?;
+            let own = column(&|id| own(id).into())?.unsqueeze(1)?;
+            rows = own.broadcast_as(rows.shape())?.where_cond(&rows, &words)?;
+        }
+        rows.reshape((ids.len(), t, self.hidden_size))
+    }
+
+    /// Number of token ids that the model itself knows.
+    pub fn vocabulary(&self) -> usize {
+        self.tokens.rows()
     }
 
     /// Hidden states `[b, t, d]` for token embeddings `[b, t, d]`.

@@ -7,6 +7,7 @@ use candle_core::{Result, Tensor};
 use super::{
     ConvGeometry, Deltas, LoadError, Site, SiteDelta, SiteKind,
     deltas::{adapt, each_part},
+    modules::{BaseWeight, Record},
     weights::Weights,
 };
 use crate::ops;
@@ -15,17 +16,17 @@ use crate::ops;
 #[derive(Debug, Clone)]
 pub(super) struct Scope<'a> {
     weights: &'a Weights,
-    sites: &'a RefCell<Vec<Site>>,
+    record: &'a RefCell<Record>,
     /// What a site's name begins with, such as `unet`.
     part: &'a str,
     path: String,
 }
 
 impl<'a> Scope<'a> {
-    pub fn new(weights: &'a Weights, sites: &'a RefCell<Vec<Site>>, part: &'a str) -> Self {
+    pub fn new(weights: &'a Weights, record: &'a RefCell<Record>, part: &'a str) -> Self {
         Self {
             weights,
-            sites,
+            record,
             part,
             path: String::new(),
         }
@@ -54,24 +55,26 @@ impl<'a> Scope<'a> {
     }
 
     /// Records a site, and returns its index among all of the model's.
-    fn site(&self, kind: SiteKind, weight_shape: Vec<usize>) -> usize {
-        self.conv_site(kind, weight_shape, None)
+    fn site(&self, kind: SiteKind, weight_shape: Vec<usize>, weight: BaseWeight) -> usize {
+        self.conv_site(kind, weight_shape, weight, None)
     }
 
     fn conv_site(
         &self,
         kind: SiteKind,
         weight_shape: Vec<usize>,
+        weight: BaseWeight,
         geometry: Option<ConvGeometry>,
     ) -> usize {
-        let mut sites = self.sites.borrow_mut();
-        sites.push(Site {
+        let mut record = self.record.borrow_mut();
+        record.weights.push(weight);
+        record.sites.push(Site {
             name: format!("{}.{}", self.part, self.path).into(),
             kind,
             weight_shape,
             geometry,
         });
-        sites.len() - 1
+        record.sites.len() - 1
     }
 
     fn device_error(&self, source: candle_core::Error) -> LoadError {
@@ -126,9 +129,11 @@ impl Linear {
     ) -> std::result::Result<Self, LoadError> {
         let shape = weight.dims().to_vec();
         let bias = bias.then(|| scope.tensor("bias", &[output])).transpose()?;
+        let inner = ops::Linear::new(weight, bias).map_err(|e| scope.device_error(e))?;
+        let weight = BaseWeight::Linear(inner.clone());
         Ok(Self {
-            inner: ops::Linear::new(weight, bias).map_err(|e| scope.device_error(e))?,
-            site: scope.site(SiteKind::Linear, shape),
+            inner,
+            site: scope.site(SiteKind::Linear, shape, weight),
         })
     }
 
@@ -214,10 +219,12 @@ impl Conv2d {
             padding,
             upsampled,
         };
+        let inner = ops::Conv2d::new(weight, Some(bias), stride, padding)
+            .map_err(|e| scope.device_error(e))?;
+        let weight = BaseWeight::Conv2d(inner.clone());
         Ok(Self {
-            inner: ops::Conv2d::new(weight, Some(bias), stride, padding)
-                .map_err(|e| scope.device_error(e))?,
-            site: scope.conv_site(SiteKind::Conv2d, dims, Some(geometry)),
+            inner,
+            site: scope.conv_site(SiteKind::Conv2d, dims, weight, Some(geometry)),
         })
     }
 
@@ -291,12 +298,14 @@ impl GroupNorm {
         channels: usize,
         eps: f64,
     ) -> std::result::Result<Self, LoadError> {
+        let weight = scope.tensor("weight", &[channels])?;
+        let base = BaseWeight::Plain(weight.clone());
         Ok(Self {
             groups,
-            weight: scope.tensor("weight", &[channels])?,
+            weight,
             bias: scope.tensor("bias", &[channels])?,
             eps,
-            site: scope.site(SiteKind::GroupNorm, vec![channels]),
+            site: scope.site(SiteKind::GroupNorm, vec![channels], base),
         })
     }
 
@@ -333,11 +342,13 @@ impl LayerNorm {
         channels: usize,
         eps: f64,
     ) -> std::result::Result<Self, LoadError> {
+        let weight = scope.tensor("weight", &[channels])?;
+        let base = BaseWeight::Plain(weight.clone());
         Ok(Self {
-            weight: scope.tensor("weight", &[channels])?,
+            weight,
             bias: scope.tensor("bias", &[channels])?,
             eps,
-            site: scope.site(SiteKind::LayerNorm, vec![channels]),
+            site: scope.site(SiteKind::LayerNorm, vec![channels], base),
         })
     }
 
@@ -388,7 +399,8 @@ impl Embedding {
         width: usize,
     ) -> std::result::Result<Self, LoadError> {
         let table = scope.tensor("weight", &[rows, width])?;
-        scope.site(SiteKind::Embedding, vec![rows, width]);
+        let base = BaseWeight::Plain(table.clone());
+        scope.site(SiteKind::Embedding, vec![rows, width], base);
         Ok(Self { table })
     }
 

@@ -1,15 +1,16 @@
 //! A whole model: its parts, loaded from one folder.
 
-use std::{cell::RefCell, path::PathBuf, str::FromStr};
+use std::{cell::RefCell, path::PathBuf, str::FromStr, sync::Arc};
 
 use candle_core::{DType, Device};
 use serde_json::Value;
 
 use super::{
-    AutoencoderKl, ClipTextModel, LoadError, Site, Tokenizer, UNet2DConditionModel,
+    AutoencoderKl, ClipTextModel, LoadError, Modules, Site, Tokenizer, UNet2DConditionModel,
     clip::{self, ClipTextConfig},
     config::Config,
     layers::Scope,
+    modules::Record,
     source::{Files, sha256_hex},
     unet::UNetConfig,
     vae::{self, VaeConfig},
@@ -58,7 +59,7 @@ pub struct Model {
     pub scheduler_config: String,
     /// What the folder's `lorikeet.json` suggests, if there is one.
     pub defaults: SuggestedDefaults,
-    sites: Vec<Site>,
+    modules: Arc<Modules>,
 }
 
 /// What a model paints well with: an optional `lorikeet.json` beside `model_index.json`, as
@@ -109,7 +110,7 @@ impl Model {
         let vae_config = VaeConfig::read(&Config::read(&files, "vae/config.json")?)?;
         check_fit(&unet_file, &unet_config, &text_config, &vae_config)?;
 
-        let sites = RefCell::default();
+        let record = RefCell::default();
         let weights = Weights::open(
             &files,
             "text_encoder",
@@ -118,7 +119,7 @@ impl Model {
             device,
             dtype,
         )?;
-        let scope = Scope::new(&weights, &sites, "text_encoder.text_model");
+        let scope = Scope::new(&weights, &record, "text_encoder.text_model");
         let text_encoder = ClipTextModel::load(&scope, &text_config)?;
         weights.warn_unused();
 
@@ -127,7 +128,7 @@ impl Model {
         // Hashing a full-size UNet takes seconds, on a core that loading leaves free.
         let (unet, hash) = std::thread::scope(|scope| {
             let hash = scope.spawn(|| sha256_hex(weights.blobs()));
-            let scope = Scope::new(&weights, &sites, "unet");
+            let scope = Scope::new(&weights, &record, "unet");
             let unet = UNet2DConditionModel::load(&scope, unet_config, dtype);
             let hash = hash
                 .join()
@@ -142,10 +143,11 @@ impl Model {
             dtype
         };
         let weights = Weights::open(&files, "vae", stem, vae::canonical, device, vae_dtype)?;
-        let scope = Scope::new(&weights, &sites, "vae");
+        let scope = Scope::new(&weights, &record, "vae");
         let vae = AutoencoderKl::load(&scope, vae_config, vae_dtype)?;
         weights.warn_unused();
 
+        let Record { sites, weights } = record.into_inner();
         Ok(Self {
             name: name(source),
             hash: hash[..SHORT_HASH].to_owned(),
@@ -155,13 +157,23 @@ impl Model {
             vae,
             scheduler_config,
             defaults: SuggestedDefaults::load(&files)?,
-            sites: sites.into_inner(),
+            modules: Arc::new(Modules {
+                sites,
+                weights,
+                device: device.clone(),
+                dtype,
+            }),
         })
     }
 
     /// Every named module of text encoder, UNet and VAE, in the order of construction.
     pub fn sites(&self) -> &[Site] {
-        &self.sites
+        self.modules.sites()
+    }
+
+    /// The sites with their weights, to mix adapters against.
+    pub fn modules(&self) -> &Arc<Modules> {
+        &self.modules
     }
 }
 
