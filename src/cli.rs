@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tokio::runtime::Runtime;
 
-pub use boot::{BootError, open_engine};
+pub use boot::{BootError, Booted, open_engine};
 
 use crate::{config::InvalidOption, ops};
 

@@ -26,6 +26,8 @@ pub struct Config {
     pub queue: usize,
     pub limits: Limits,
     pub defaults: Defaults,
+    /// Memory on the device for mixtures of adapters, in bytes.
+    pub device_adapter_bytes: u64,
 }
 
 /// The operator's defaults for requests, in place of the model's own.
@@ -166,6 +168,7 @@ mod tests {
             queue: 64,
             limits: Limits::default(),
             defaults: Defaults::default(),
+            device_adapter_bytes: 1 << 30,
         }
     }
 

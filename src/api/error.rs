@@ -64,6 +64,9 @@ pub enum ApiError {
     TooSlow(Duration),
     #[error("the work was cancelled on the server")]
     Cancelled,
+    /// Memory, by the operator's budget.
+    #[error("{message}")]
+    NoRoom { message: String },
     /// The text is for the log only.
     #[error("{0}")]
     Internal(String),
@@ -114,6 +117,7 @@ impl ApiError {
             Broken => (StatusCode::SERVICE_UNAVAILABLE, SERVER, "device_broken"),
             TooSlow(_) => (StatusCode::GATEWAY_TIMEOUT, SERVER, "paint_timeout"),
             Cancelled => (StatusCode::SERVICE_UNAVAILABLE, SERVER, "cancelled"),
+            NoRoom { .. } => (StatusCode::INSUFFICIENT_STORAGE, SERVER, "no_room"),
             Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error"),
         };
         ErrorRow { status, kind, code }

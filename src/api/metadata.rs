@@ -6,7 +6,10 @@
 
 use std::borrow::Cow;
 
-use crate::{engine::ModelInfo, pipeline::request::ImageRequest};
+use crate::{
+    engine::ModelInfo,
+    pipeline::{request::ImageRequest, tag},
+};
 
 /// The keyword of the PNG chunk.
 pub(super) const KEYWORD: &str = "parameters";
@@ -14,6 +17,10 @@ pub(super) const KEYWORD: &str = "parameters";
 /// The text for the picture drawn with `seed`.
 pub(super) fn parameters(seed: u64, made: &ImageRequest, by: &ModelInfo) -> String {
     let mut text = plain(&made.prompt).into_owned();
+    for choice in &made.adapters {
+        text.push(' ');
+        text.push_str(&tag(choice));
+    }
     if !made.negative_prompt.is_empty() {
         text.push_str("\nNegative prompt: ");
         text.push_str(&plain(&made.negative_prompt));
@@ -33,6 +40,18 @@ pub(super) fn parameters(seed: u64, made: &ImageRequest, by: &ModelInfo) -> Stri
     if made.clip_skip > 0 {
         // The web UI counts layers from the end, diffusers those that are left out.
         pairs.push(("Clip skip", (made.clip_skip + 1).to_string()));
+    }
+    let hashes: Vec<String> = made
+        .adapters
+        .iter()
+        .filter_map(|choice| {
+            // Civitai's AutoV2: the first ten digits of the file's SHA-256.
+            let hash = choice.sha256?.to_string();
+            Some(format!("{}: {}", choice.name, &hash[..10]))
+        })
+        .collect();
+    if !hashes.is_empty() {
+        pairs.push(("Lora hashes", hashes.join(", ")));
     }
     pairs.push((
         "Version",

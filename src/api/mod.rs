@@ -8,6 +8,7 @@
 //! [`Painter`]: crate::engine::Painter
 
 mod accept;
+mod applying;
 mod blocking;
 mod body;
 mod docs;

@@ -8,7 +8,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::{ApiError, AppState, error::ErrorBody};
-use crate::engine::ModelInfo;
+use crate::{engine::ModelInfo, registry::AdapterName};
 
 /// A model that can be named in `model`.
 #[derive(Debug, Serialize, ToSchema)]
@@ -78,7 +78,7 @@ pub(super) async fn get_model(
     Err(no_such_model(&id, info))
 }
 
-fn no_such_model(name: &str, info: &ModelInfo) -> ApiError {
+pub(super) fn no_such_model(name: &str, info: &ModelInfo) -> ApiError {
     ApiError::NoSuchModel {
         // Enough to recognise it by; the answer is not an echo service.
         name: name.chars().take(128).collect(),
@@ -86,16 +86,26 @@ fn no_such_model(name: &str, info: &ModelInfo) -> ApiError {
     }
 }
 
-/// Finds the model a request means: the served one when it is named, when none is, and, with a
-/// warning, when the name is one that OpenAI's clients send by default.
-pub(super) fn resolve(name: Option<&str>, info: &ModelInfo) -> Result<Option<String>, ApiError> {
+/// What the field `model` means.
+pub(super) enum Meant {
+    /// The served model.
+    Base,
+    /// The same, under a name that OpenAI's clients send by default.
+    Instead(String),
+    /// The served model with an adapter, if there is one of this name.
+    Adapter(String),
+}
+
+/// Finds the model a request means.
+pub(super) fn resolve(name: Option<&str>, info: &ModelInfo) -> Result<Meant, ApiError> {
     match name {
-        None | Some("default") => Ok(None),
-        Some(name) if name == info.name => Ok(None),
-        Some(name) if is_openai_model(name) => Ok(Some(format!(
+        None | Some("default") => Ok(Meant::Base),
+        Some(name) if name == info.name => Ok(Meant::Base),
+        Some(name) if is_openai_model(name) => Ok(Meant::Instead(format!(
             "model `{name}` is not served here; painted with `{}`",
             info.name
         ))),
+        Some(name) if AdapterName::new(name).is_ok() => Ok(Meant::Adapter(name.into())),
         Some(name) => Err(no_such_model(name, info)),
     }
 }

@@ -18,15 +18,17 @@ use utoipa::ToSchema;
 use super::{
     ApiError, AppState, OutputFormat,
     accept::{self, Wanted},
+    applying::{self, AppliedAdapter},
     blocking::blocking,
+    body::clip,
     encode::encode,
-    models,
+    models::{self, Meant},
     parameters::{ImageParameters, ResponseFormat},
     sse,
 };
 use crate::{
     engine::{ModelInfo, Picture},
-    pipeline::request::{ImageRequest, RequestDraft},
+    pipeline::request::{AdapterChoice, ImageRequest, RequestDraft},
 };
 
 /// What was ignored, for clients that read bytes and no JSON.
@@ -47,6 +49,8 @@ pub(super) struct Order {
     pub parameters: ImageParameters,
     pub warnings: Vec<String>,
     pub request: ImageRequest,
+    /// The adapter that the field `model` names.
+    pub model: Option<String>,
 }
 
 impl Order {
@@ -56,10 +60,31 @@ impl Order {
         route: Route,
         parameters: ImageParameters,
         mut warnings: Vec<String>,
-        draft: RequestDraft,
+        mut draft: RequestDraft,
         info: &ModelInfo,
     ) -> Result<Self, ApiError> {
-        warnings.extend(models::resolve(parameters.model.as_deref(), info)?);
+        let model = match models::resolve(parameters.model.as_deref(), info)? {
+            Meant::Base => None,
+            Meant::Instead(warning) => {
+                warnings.push(warning);
+                None
+            }
+            Meant::Adapter(name) => {
+                // Named in the list as well, it is there with the list's strength.
+                if draft.adapters.iter().all(|choice| choice.name != name) {
+                    draft.adapters.insert(
+                        0,
+                        AdapterChoice {
+                            name: name.clone(),
+                            unet: 1.0,
+                            text: 1.0,
+                            sha256: None,
+                        },
+                    );
+                }
+                Some(name)
+            }
+        };
         let mut request = draft
             .validate(&info.defaults, &info.limits)
             .map_err(|error| parameters.rename_side(error.into()))?;
@@ -72,6 +97,7 @@ impl Order {
             parameters,
             warnings,
             request,
+            model,
         })
     }
 }
@@ -138,6 +164,12 @@ pub(super) struct ImageAnswer {
     steps: u32,
     guidance_scale: f64,
     timings: Timings,
+    /// The adapters that were painted with, in the order they were named.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    adapters: Vec<AppliedAdapter>,
+    /// Those that are not there, where `on_missing_adapter` says `ignore`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    missing_adapters: Vec<String>,
     /// What was asked for and did not happen; absent when there is nothing to say.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     warnings: Vec<String>,
@@ -153,8 +185,9 @@ pub(super) async fn answer(
     let Order {
         route,
         parameters,
-        warnings,
-        request,
+        mut warnings,
+        mut request,
+        model,
     } = order;
     let wanted = match parameters.stream {
         true => Wanted::Json,
@@ -174,6 +207,22 @@ pub(super) async fn answer(
             ),
         ));
     }
+    let started = Instant::now();
+    let limit = state.settings().paint_timeout;
+    let dressing = applying::dress(
+        state,
+        &mut request,
+        parameters.on_missing_adapter,
+        model.as_deref(),
+    );
+    let missing = time::timeout(limit, dressing)
+        .await
+        .map_err(|_| ApiError::TooSlow(limit))??;
+    warnings.extend(
+        missing
+            .iter()
+            .map(|name| format!("there is no adapter `{}`; painted without it", clip(name))),
+    );
     let recipe = Arc::new(Recipe {
         request: request.clone(),
         info: painter.info().clone(),
@@ -182,10 +231,9 @@ pub(super) async fn answer(
             .output_compression
             .map(|level| level.min(100) as u8),
     });
-    let started = Instant::now();
     let job = painter.submit(request)?;
     tracing::debug!(job = %job.id, "accepted");
-    let limit = state.settings().paint_timeout;
+    let limit = limit.saturating_sub(started.elapsed());
     let mut response = if parameters.stream {
         sse::respond(job, recipe, route, limit)
     } else {
@@ -197,7 +245,7 @@ pub(super) async fn answer(
         match wanted {
             Wanted::Json => {
                 let form = parameters.response_format;
-                json(pictures, recipe, form, painted, warnings.clone()).await?
+                json(pictures, recipe, form, painted, warnings.clone(), missing).await?
             }
             Wanted::Image(_) => bytes(pictures, recipe).await?,
         }
@@ -214,6 +262,7 @@ async fn json(
     form: ResponseFormat,
     painted: Duration,
     warnings: Vec<String>,
+    missing_adapters: Vec<String>,
 ) -> Result<Response, ApiError> {
     let began = Instant::now();
     let encoder = recipe.clone();
@@ -247,6 +296,8 @@ async fn json(
             paint_ms: millis(painted),
             encode_ms: millis(began.elapsed()),
         },
+        adapters: AppliedAdapter::all(request),
+        missing_adapters,
         warnings,
     };
     Ok(Json(answer).into_response())

@@ -4,11 +4,14 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::{
-    ApiError, OutputFormat,
+    ApiError, OutputFormat, applying,
     body::clip,
     fields::{Fields, wrong},
 };
-use crate::pipeline::request::RequestDraft;
+use crate::{
+    engine::OnMissing,
+    pipeline::request::{AdapterChoice, RequestDraft},
+};
 
 /// Names of OpenAI's that mean nothing here; taken without a word, so that its clients work.
 const IGNORED: [&str; 6] = [
@@ -37,13 +40,13 @@ pub(super) enum ResponseFormat {
 ///
 /// The first fields are OpenAI's, the others ours. `quality`, `style`, `user`, `moderation` and
 /// `input_fidelity` are accepted and ignored; unknown fields are named in the answer's `warnings`.
-#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+#[derive(Debug, Clone, Default, ToSchema)]
 #[schema(example = json!({"prompt": "a red fox in the snow", "size": "128x128", "seed": 7}))]
 pub(super) struct ImageParameters {
     /// What to paint. `(word:1.2)` and `[word]` weigh words as AUTOMATIC1111 does.
     pub prompt: String,
-    /// A name from `/v1/models`; by default the model that is served. OpenAI's own model names are
-    /// taken for it, with a warning.
+    /// A name from `/v1/models`; by default the model that is served. An adapter's name adds it at
+    /// strength 1. OpenAI's own model names are taken for the served one, with a warning.
     pub model: Option<String>,
     /// Number of pictures; picture `i` is painted with seed `seed + i`.
     #[schema(minimum = 1, default = 1)]
@@ -93,6 +96,13 @@ pub(super) struct ImageParameters {
     /// mask 1.
     #[schema(maximum = 1)]
     pub strength: Option<f64>,
+    /// Adapters to paint with, beside those that tags such as `<lora:fox:0.8>` in the prompt name.
+    #[schema(required = false, value_type = Option<Vec<super::applying::AdapterField>>)]
+    pub adapters: Vec<AdapterChoice>,
+    /// What to do about an adapter that is not there: `error` (default), or `ignore` to paint without
+    /// it; the answer then names it.
+    #[schema(required = false, value_type = Option<String>, example = "error")]
+    pub on_missing_adapter: OnMissing,
 }
 
 impl ImageParameters {
@@ -127,6 +137,13 @@ impl ImageParameters {
             width: fields.side("width")?,
             height: fields.side("height")?,
             strength: fields.number("strength")?,
+            adapters: applying::read(fields)?,
+            on_missing_adapter: fields
+                .choice(
+                    "on_missing_adapter",
+                    &[("error", OnMissing::Fail), ("ignore", OnMissing::Ignore)],
+                )?
+                .unwrap_or_default(),
         };
         if parameters
             .output_compression
@@ -194,6 +211,7 @@ impl ImageParameters {
             mask: None,
             strength: self.strength,
             previews: self.partial_images,
+            adapters: self.adapters.clone(),
         })
     }
 
@@ -255,7 +273,7 @@ mod tests {
         let mut fields = Fields::new(sent.collect());
         ImageParameters::read(&mut fields).unwrap();
         assert_eq!(fields.left_over().count(), 0);
-        assert_eq!(documented.len(), 19);
+        assert_eq!(documented.len(), 21);
         assert_eq!(
             schema["required"],
             json!(["prompt"]),

@@ -13,7 +13,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 
 use super::ApiError;
-use crate::engine::{Health, Painter};
+use crate::engine::{Health, Painter, Wardrobe};
 
 /// How the HTTP layer behaves; the operator's choices.
 #[derive(Debug, Clone)]
@@ -48,6 +48,7 @@ pub struct AppState(Arc<Shared>);
 
 struct Shared {
     painter: OnceLock<Arc<dyn Painter>>,
+    wardrobe: OnceLock<Arc<Wardrobe>>,
     draining: AtomicBool,
     settings: HttpSettings,
     metrics: PrometheusHandle,
@@ -68,6 +69,7 @@ impl AppState {
     pub fn loading(settings: HttpSettings, metrics: PrometheusHandle) -> Self {
         Self(Arc::new(Shared {
             painter: OnceLock::new(),
+            wardrobe: OnceLock::new(),
             draining: AtomicBool::new(false),
             settings,
             metrics,
@@ -80,6 +82,18 @@ impl AppState {
         if self.0.painter.set(painter).is_err() {
             tracing::warn!("the model is already loaded; the second one is dropped");
         }
+    }
+
+    /// Puts the model's adapters in, before the model. A second call changes nothing.
+    pub fn set_wardrobe(&self, wardrobe: Arc<Wardrobe>) {
+        if self.0.wardrobe.set(wardrobe).is_err() {
+            tracing::warn!("there are adapters already; the second set is dropped");
+        }
+    }
+
+    /// The model's adapters, or 503.
+    pub(super) fn wardrobe(&self) -> Result<&Arc<Wardrobe>, ApiError> {
+        self.0.wardrobe.get().ok_or(ApiError::Loading)
     }
 
     /// From now on `/readyz` says 503; requests are still served until the painter drains.

@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{self, IsTerminal as _, Read as _, Write as _},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -12,14 +13,17 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
     Failure,
-    boot::open_engine,
-    options::{ModelOptions, scheduler, size},
+    boot::{Booted, open_engine},
+    options::{ModelOptions, adapter, scheduler, size},
 };
 use crate::{
     api::{OutputFormat, decode_image, decode_mask, encode, encode_plain},
     config::Defaults,
-    engine::{Job, JobError, ModelInfo, Painter, Picture},
-    pipeline::request::{ImageRequest, InvalidField, Limits, RequestDraft},
+    engine::{
+        AdapterLoader, Job, JobError, Mixer, ModelInfo, OnMissing, Painter, Picture, Wardrobe,
+    },
+    pipeline::request::{AdapterChoice, ImageRequest, InvalidField, Limits, RequestDraft},
+    registry::{Registry, Settings, Store},
     schedulers::SchedulerKind,
     telemetry::{self, LogFormat},
 };
@@ -35,6 +39,7 @@ Examples:
   lorikeet generate \"a blue fox\" --image fox.png --strength 0.6 -o blue.png
   lorikeet generate \"a hat\" --image fox.png --mask where.png -o hat.png
   lorikeet generate \"a (red:1.3) fox, [snow]\"
+  lorikeet generate \"a <lora:watercolour:0.8> fox\" --adapter my-fox=1.2
   echo \"a red fox\" | lorikeet generate - -o - > fox.png
 
 Prompts, as in AUTOMATIC1111:
@@ -98,6 +103,20 @@ pub(super) struct GenerateOptions {
     #[arg(long, env = "LORIKEET_SIZE", value_name = "WxH", value_parser = size,
         help_heading = "Picture")]
     size: Option<(u32, u32)>,
+    /// An adapter and its strength, 1 by default; several times for several. `NAME=UNET:TEXT` tells
+    /// the strengths in UNet and text encoder apart
+    #[arg(long, env = "LORIKEET_ADAPTER", value_delimiter = ',', value_name = "NAME[=X]",
+        value_parser = adapter, help_heading = "Picture")]
+    adapter: Vec<AdapterChoice>,
+    /// The folder the adapters are in
+    #[arg(
+        long,
+        env = "LORIKEET_ADAPTERS",
+        default_value = "adapters",
+        value_name = "DIR",
+        help_heading = "Model"
+    )]
+    adapters: PathBuf,
     /// Number of pictures
     #[arg(
         short = 'n',
@@ -158,6 +177,9 @@ pub(super) struct GenerateOptions {
     log: String,
 }
 
+/// One request's adapters never need more.
+const DEVICE_ADAPTERS: u64 = 1 << 40;
+
 /// Paints and writes the files.
 pub(super) fn run(options: GenerateOptions) -> Result<(), Failure> {
     telemetry::init_logs(LogFormat::Text, &options.log)
@@ -175,6 +197,7 @@ pub(super) fn run(options: GenerateOptions) -> Result<(), Failure> {
         options.count.max(1) as usize,
         limits,
         Defaults::default(),
+        DEVICE_ADAPTERS,
     )?;
     let draft = RequestDraft {
         prompt: prompt(options.prompt)?,
@@ -197,15 +220,42 @@ pub(super) fn run(options: GenerateOptions) -> Result<(), Failure> {
             .transpose()?,
         strength: options.strength,
         previews: None,
+        adapters: options.adapter,
     };
-    let painter = open_engine(&config).map_err(|error| Failure::new(error.to_string()))?;
+    let booted = open_engine(&config).map_err(|error| Failure::new(error.to_string()))?;
+    let Booted {
+        painter,
+        loader,
+        mixer,
+    } = booted;
     let info = painter.info();
-    let request = draft
+    let mut request = draft
         .validate(&info.defaults, &info.limits)
         .map_err(refused)?;
+    let runtime = super::runtime()?;
+    if !request.adapters.is_empty() {
+        let dressing = dress(&options.adapters, loader, mixer, &mut request);
+        runtime.block_on(dressing)?;
+    }
     let started = Instant::now();
-    let pictures = super::runtime()?.block_on(paint(&*painter, request.clone()))?;
+    let pictures = runtime.block_on(paint(&*painter, request.clone()))?;
     target.write(&pictures, &request, info, started.elapsed())
+}
+
+/// Loads and mixes the request's adapters.
+async fn dress(
+    folder: &Path,
+    loader: AdapterLoader,
+    mixer: Arc<Mixer>,
+    request: &mut ImageRequest,
+) -> Result<(), Failure> {
+    let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
+    let store = Store::folder(folder).map_err(|error| failed(&error))?;
+    let registry = Registry::open(store, loader, Settings::default()).await;
+    let wardrobe = Wardrobe::new(registry.map_err(|error| failed(&error))?, mixer);
+    let dressed = wardrobe.dress(request, OnMissing::Fail).await;
+    dressed.map_err(|error| failed(&error))?;
+    Ok(())
 }
 
 fn prompt(argument: String) -> Result<String, Failure> {

@@ -6,7 +6,7 @@ use crate::{
     engine::{DeviceChoice, Precision},
     models::ModelSource,
     ops,
-    pipeline::request::Limits,
+    pipeline::request::{AdapterChoice, Limits},
     schedulers::SchedulerKind,
 };
 
@@ -40,6 +40,7 @@ impl ModelOptions {
         queue: usize,
         limits: Limits,
         defaults: Defaults,
+        device_adapter_bytes: u64,
     ) -> Result<Config, InvalidOption> {
         let config = Config {
             model: self.model,
@@ -50,6 +51,7 @@ impl ModelOptions {
             queue,
             limits,
             defaults,
+            device_adapter_bytes,
         }
         .validate()?;
         if let Some(threads) = config.threads {
@@ -63,6 +65,23 @@ impl ModelOptions {
         }
         Ok(config)
     }
+}
+
+/// `fox`, `fox=0.8`, or `fox=0.8:0.2` for UNet and text encoder.
+pub(super) fn adapter(text: &str) -> Result<AdapterChoice, String> {
+    let (name, strengths) = text.split_once('=').unwrap_or((text, "1"));
+    let (unet, text) = strengths.split_once(':').unwrap_or((strengths, strengths));
+    let number = |text: &str| {
+        text.trim().parse::<f64>().map_err(|_| {
+            format!("`{text}` is not a strength; write NAME, NAME=0.8 or NAME=0.8:0.2 (UNet, text encoder)")
+        })
+    };
+    Ok(AdapterChoice {
+        name: name.trim().into(),
+        unet: number(unet)?,
+        text: number(text)?,
+        sha256: None,
+    })
 }
 
 /// `512x384`.

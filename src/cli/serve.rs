@@ -7,7 +7,7 @@ use tokio::net::TcpListener;
 
 use super::{
     Failure,
-    boot::open_engine,
+    boot::{Booted, open_engine},
     options::{ModelOptions, scheduler, seconds, size},
 };
 use crate::{
@@ -76,6 +76,16 @@ pub(super) struct ServeOptions {
     #[arg(long, env = "LORIKEET_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text,
         help_heading = "Server")]
     log_format: LogFormat,
+
+    /// Memory on the device for adapters as they are mixed for requests, in MiB
+    #[arg(
+        long,
+        env = "LORIKEET_DEVICE_ADAPTER_MEMORY",
+        default_value_t = 1024,
+        value_name = "MIB",
+        help_heading = "Adapters"
+    )]
+    device_adapter_memory: u32,
 
     /// Rows painted together in one step; a picture with guidance is two
     #[arg(
@@ -178,9 +188,13 @@ pub(super) fn run(options: ServeOptions) -> Result<(), Failure> {
         guidance_scale: options.default_guidance,
         scheduler: options.default_scheduler,
     };
-    let config = options
-        .model
-        .into_config(options.max_batch, options.queue, limits, defaults)?;
+    let config = options.model.into_config(
+        options.max_batch,
+        options.queue,
+        limits,
+        defaults,
+        u64::from(options.device_adapter_memory) << 20,
+    )?;
     let runtime = super::runtime()?;
     let result = runtime.block_on(serve(
         config,
@@ -211,7 +225,7 @@ async fn serve(
     let load = {
         let state = state.clone();
         async move {
-            let painter = loading
+            let Booted { painter, .. } = loading
                 .await
                 .map_err(|error| Failure::new(format!("loading the model failed: {error}")))?
                 .map_err(|error| Failure::new(error.to_string()))?;

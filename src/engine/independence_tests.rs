@@ -1,7 +1,7 @@
 //! A row does not depend on its neighbours: the real pipeline on the demo model, in random mixtures
 //! of requests, against each picture painted alone.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use candle_core::{DType, Device};
 use image::{GrayImage, RgbImage};
@@ -11,13 +11,14 @@ use rand::{
     seq::{IndexedRandom, SliceRandom},
 };
 
-use super::*;
+use super::{test_adapters::mixtures, *};
 use crate::{
     models::{Model, ModelSource},
     pipeline::{
-        Painting, Pipeline,
+        Mixture, Painting, Pipeline,
         request::{ImageRequest, InitImage, Limits},
     },
+    registry::Resident,
     schedulers::SchedulerKind,
 };
 
@@ -25,7 +26,7 @@ use crate::{
 const PROMPTS: [&str; 5] = [
     "a red mushroom in a meadow",
     "a (striped:1.4) blue fish [under the sea]",
-    "a cat BREAK at night, in the snow",
+    "a <fox> and a (<fox>:1.2) cat BREAK at night, in the snow",
     "a small black cat in the snow on the right and a red house at night and a tree and a blue car \
      in a city and a duck on the beach and a large dotted green balloon on the left in the desert, \
      a pink house, a brown cup in a room and an orange rocket at sunset BREAK a yellow star",
@@ -40,8 +41,19 @@ fn demo() -> Pipeline {
     Pipeline::new(model, Device::Cpu).unwrap()
 }
 
+/// Adapters in every form, alone and several.
+fn wardrobe(pipeline: &Pipeline) -> Vec<Arc<Resident<Mixture>>> {
+    let modules = pipeline.model().modules();
+    let mixer = Arc::new(Mixer::new(modules.clone(), 1 << 30));
+    mixtures(&mixer, modules)
+}
+
 /// Anything a request can ask for, at sizes that take milliseconds.
-fn random(rng: &mut StdRng, scheduler: SchedulerKind) -> ImageRequest {
+fn random(
+    rng: &mut StdRng,
+    scheduler: SchedulerKind,
+    wardrobe: &[Arc<Resident<Mixture>>],
+) -> ImageRequest {
     let (width, height) = *[(64, 64), (64, 64), (48, 72)].choose(rng).unwrap();
     let mut text = || PROMPTS.choose(rng).unwrap().to_string();
     let (prompt, negative_prompt) = (text(), text());
@@ -66,6 +78,10 @@ fn random(rng: &mut StdRng, scheduler: SchedulerKind) -> ImageRequest {
         clip_skip: *[0, 0, 1].choose(rng).unwrap(),
         init,
         previews: *[0, 0, 2].choose(rng).unwrap(),
+        adapters: Vec::new(),
+        mixture: rng
+            .random_bool(0.6)
+            .then(|| wardrobe.choose(rng).unwrap().clone()),
     }
 }
 
@@ -90,13 +106,13 @@ fn name(request: &ImageRequest) -> String {
 }
 
 /// Requests in random order, each with whether its client leaves early; every scheduler stays once.
-fn mixture(rng: &mut StdRng) -> Vec<(ImageRequest, bool)> {
+fn mixture(rng: &mut StdRng, wardrobe: &[Arc<Resident<Mixture>>]) -> Vec<(ImageRequest, bool)> {
     let mut requests: Vec<_> = SchedulerKind::all()
-        .map(|scheduler| (random(rng, scheduler), false))
+        .map(|scheduler| (random(rng, scheduler, wardrobe), false))
         .into();
     for _ in 0..LEAVE {
         let scheduler = *SchedulerKind::all().choose(rng).unwrap();
-        requests.push((random(rng, scheduler), true));
+        requests.push((random(rng, scheduler, wardrobe), true));
     }
     requests.shuffle(rng);
     requests
@@ -144,6 +160,7 @@ struct Seen {
     batches: HashSet<usize>,
     schedulers: usize,
     guidance: bool,
+    adapters: usize,
     inits: bool,
     left: usize,
 }
@@ -159,6 +176,11 @@ impl Seen {
         };
         self.batches.insert(requests.len());
         self.schedulers = self.schedulers.max(differ(|r| r.scheduler as usize));
+        let mixtures: HashSet<_> = requests
+            .iter()
+            .map(|request| request.mixture.as_ref().map(Arc::as_ptr))
+            .collect();
+        self.adapters = self.adapters.max(mixtures.len());
         self.guidance |= differ(|r| usize::from(r.guidance_scale > 1.0)) > 1;
         self.inits |= differ(|r| usize::from(r.init.is_some())) > 1;
     }
@@ -231,14 +253,15 @@ fn check(
 #[test]
 fn a_row_does_not_depend_on_its_neighbours() {
     let (mut mixed, mut single) = (demo(), demo());
+    let wardrobe = wardrobe(&mixed);
     let mut seen = Seen::default();
     for seed in 0..2 {
         let mut rng = StdRng::seed_from_u64(seed);
-        let requests = mixture(&mut rng);
+        let requests = mixture(&mut rng, &wardrobe);
         let compared = check(&mut mixed, &mut single, &mut rng, &requests, &mut seen);
         assert!(compared >= STAY, "{compared}");
     }
-    assert!(seen.guidance && seen.inits && seen.left > 0);
+    assert!(seen.guidance && seen.inits && seen.left > 0 && seen.adapters > 2);
     assert!(
         seen.schedulers > 3 && seen.batches.len() > 4,
         "{:?}",
@@ -262,7 +285,9 @@ fn guidance_of_one_or_less_takes_no_second_row() {
 async fn the_engine_paints_in_company_what_it_paints_alone() {
     let mut single = demo();
     let mut rng = StdRng::seed_from_u64(7);
-    let requests = mixture(&mut rng);
+    // On a thread of its own: it waits for the mixer, and this one must not.
+    let wardrobe = std::thread::scope(|scope| scope.spawn(|| wardrobe(&single)).join()).unwrap();
+    let requests = mixture(&mut rng, &wardrobe);
     let expected: Vec<_> = requests
         .iter()
         .map(|(request, _)| alone(&mut single, request))

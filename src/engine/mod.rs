@@ -11,13 +11,19 @@ mod batcher;
 mod engine;
 mod job;
 mod loader;
+mod mixer;
 mod open;
 mod painter;
 mod pipeline_backend;
+mod wardrobe;
 mod worker;
 
 #[cfg(all(test, feature = "demo-model"))]
 mod independence_tests;
+#[cfg(all(test, feature = "demo-model"))]
+mod swap_tests;
+#[cfg(all(test, feature = "demo-model"))]
+mod test_adapters;
 #[cfg(test)]
 mod tests;
 
@@ -25,5 +31,7 @@ pub use backend::{Backend, BackendError, LatentShape, View};
 pub use engine::{Engine, EngineConfig};
 pub use job::{Health, Job, JobError, Picture, Progress, SubmitError};
 pub use loader::{AdapterLoader, AdapterRegistry};
+pub use mixer::{Mixer, MixerError, Portion};
 pub use open::{DeviceChoice, OpenError, Opened, Precision, open};
 pub use painter::{Drained, EngineStats, ModelInfo, Painter};
+pub use wardrobe::{OnMissing, Wardrobe, WardrobeError};

@@ -3,12 +3,13 @@
 use std::{
     fmt, io,
     str::FromStr,
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use candle_core::{DType, Device};
 
-use super::{AdapterLoader, Engine, EngineConfig, ModelInfo};
+use super::{AdapterLoader, Engine, EngineConfig, Mixer, ModelInfo};
 use crate::{
     adapters::AdapterError,
     models::{LoadError, Model, ModelSource},
@@ -52,6 +53,11 @@ impl Opened {
     /// A model whose modules cannot be told apart by name.
     pub fn adapter_loader(&self) -> Result<AdapterLoader, AdapterError> {
         AdapterLoader::new(self.pipeline.model())
+    }
+
+    /// What mixes adapters for this model, within `budget` bytes of its device's memory.
+    pub fn mixer(&self, budget: u64) -> Arc<Mixer> {
+        Arc::new(Mixer::new(self.pipeline.model().modules().clone(), budget))
     }
 
     /// Starts the engine.

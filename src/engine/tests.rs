@@ -162,6 +162,8 @@ pub(super) fn request(seed: u64, steps: u32) -> ImageRequest {
         clip_skip: 0,
         init: None,
         previews: 0,
+        adapters: Vec::new(),
+        mixture: None,
     }
 }
 

@@ -11,6 +11,8 @@
 //! there is no diffusers to equal beyond 75 tokens, a phrase that is torn apart is understood as
 //! neither, and a prompt that was made over there paints the same here.
 
+use std::ops::Range;
+
 /// How far back a comma may lie for the cut to be moved to it.
 const LOOK_BACK: usize = 20;
 
@@ -78,6 +80,14 @@ impl Chunker {
             self.comma = Some(self.open.len());
         }
         self.open.push((id, weight));
+    }
+
+    /// A word of several tokens, which stay in one chunk; at most [`Layout::room`] of them.
+    pub fn push_word(&mut self, ids: Range<u32>, weight: f32) {
+        if self.open.len() + ids.len() > self.layout.room {
+            self.close();
+        }
+        self.open.extend(ids.map(|id| (id, weight)));
     }
 
     /// Fills the chunk up with padding, even an empty one, and starts the next.
@@ -180,6 +190,27 @@ mod tests {
             "the next token ends the phrase"
         );
         assert_eq!(lengths(160, &[70, 140]), [71, 70, 19]);
+    }
+
+    #[test]
+    fn a_word_of_several_tokens_is_never_cut() {
+        let mut chunker = Chunker::new(LAYOUT);
+        for id in 0..70 {
+            chunker.push(100 + id, 1.0);
+        }
+        chunker.push_word(2000..2005, 1.0);
+        chunker.push_word(2000..2005, 1.5);
+        chunker.push(7, 1.0);
+        let chunks = chunker.finish();
+        assert_eq!(
+            chunks[0].ids[70..],
+            [169, 2000, 2001, 2002, 2003, 2004, 1001]
+        );
+        assert_eq!(
+            chunks[1].ids[..8],
+            [1000, 2000, 2001, 2002, 2003, 2004, 7, 1001]
+        );
+        assert_eq!(chunks[1].weights[..7], [1.0, 1.5, 1.5, 1.5, 1.5, 1.5, 1.0]);
     }
 
     #[test]

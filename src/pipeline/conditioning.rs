@@ -11,7 +11,7 @@
 //! `pad_cond_uncond` would fill the shorter one up with empty chunks). diffusers knows one length
 //! only, that of one chunk.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use candle_core::{DType, Tensor};
 use moka::sync::Cache;
@@ -20,9 +20,10 @@ use super::{
     PipelineError,
     chunks::{Chunk, Chunker, Layout},
     emphasis,
+    mixture::{Mixture, Piece, Word, find_words},
     prompt::{self, Fragment},
 };
-use crate::models::{Deltas, Model, Tokenizer};
+use crate::models::{DeltaBatch, Model, Tokenizer};
 
 /// Longest prompt in chunks: each is a run of the text encoder and 77 more tokens to attend to, so
 /// without a bound one request could hold up all others.
@@ -35,6 +36,8 @@ const CACHE_BYTES: u64 = 64 << 20;
 struct Key {
     text: Arc<str>,
     clip_skip: u32,
+    /// [`Mixture::text_key`].
+    adapters: Option<Arc<str>>,
 }
 
 /// The text half of the pipeline, for one model.
@@ -68,27 +71,39 @@ impl Conditioner {
     }
 
     /// The encoded prompt `[chunks * max_length, d]`, by `model`, the same in every call. `field` is
-    /// what an error calls the prompt.
+    /// what an error calls the prompt. `mixture` is that of the request's adapters.
     pub fn encode(
         &self,
         model: &Model,
         field: &'static str,
         text: &str,
         clip_skip: u32,
+        mixture: Option<&Mixture>,
     ) -> Result<Tensor, PipelineError> {
         let key = Key {
             text: text.into(),
             clip_skip,
+            adapters: mixture.and_then(|mixture| mixture.text_key.clone()),
         };
         if let Some(tensor) = self.cache.get(&key) {
             return Ok(tensor);
         }
         let invalid = |message| PipelineError::Invalid { field, message };
-        let chunks = self.chunks(&model.tokenizer, text).map_err(invalid)?;
+        let words = mixture.map_or(&[][..], |mixture| &mixture.words);
+        let chunks = self.chunks(model, text, words).map_err(invalid)?;
         let ids: Vec<Vec<u32>> = chunks.iter().map(|chunk| chunk.ids.clone()).collect();
-        let hidden = model
-            .text_encoder
-            .forward(&ids, clip_skip as usize, Deltas::NONE)?;
+        let more = match words {
+            [] => None,
+            words => {
+                let rows: Vec<&Tensor> = words.iter().map(|word| &word.vectors).collect();
+                Some(Tensor::cat(&rows, 0)?)
+            }
+        };
+        let deltas = mixture.and_then(|mixture| mixture.deltas.clone());
+        let deltas = DeltaBatch::new(vec![deltas; ids.len()]);
+        let encoder = &model.text_encoder;
+        let embedded = encoder.embed(&ids, more.as_ref())?;
+        let hidden = encoder.encode(&embedded, clip_skip as usize, deltas.deltas())?;
         let tensor = match chunks.iter().all(Chunk::plain) {
             true => hidden.flatten(0, 1)?,
             false => weighed(&hidden, &chunks, field)?,
@@ -98,19 +113,40 @@ impl Conditioner {
     }
 
     /// The error is for the client, without the name of the field.
-    fn chunks(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<Chunk>, String> {
+    ///
+    /// The ids of `words` follow those that the model itself knows, one for each vector.
+    fn chunks(&self, model: &Model, text: &str, words: &[Word]) -> Result<Vec<Chunk>, String> {
+        let room = self.layout.room;
         let mut chunker = Chunker::new(self.layout);
         for fragment in prompt::parse(text).map_err(|error| error.to_string())? {
             match fragment {
                 Fragment::Break => chunker.close(),
-                Fragment::Text { text, weight } => tokenizer
-                    .encode(&text)
-                    .map_err(|error| error.to_string())?
-                    .into_iter()
-                    .for_each(|id| chunker.push(id, weight)),
+                Fragment::Text { text, weight } => {
+                    for piece in find_words(&text, words) {
+                        match piece {
+                            Piece::Text(text) => model
+                                .tokenizer
+                                .encode(text)
+                                .map_err(|error| error.to_string())?
+                                .into_iter()
+                                .for_each(|id| chunker.push(id, weight)),
+                            Piece::Word(index) => {
+                                let ids = ids_of(model, words, index);
+                                if ids.len() > room {
+                                    return Err(format!(
+                                        "the word `{}` is {} vectors long, and a chunk has room for \
+                                         {room}",
+                                        words[index].token,
+                                        ids.len()
+                                    ));
+                                }
+                                chunker.push_word(ids, weight);
+                            }
+                        }
+                    }
+                }
             }
             if chunker.count() > MAX_CHUNKS {
-                let room = self.layout.room;
                 return Err(format!(
                     "takes more than {MAX_CHUNKS} chunks of {room} tokens; shorten it"
                 ));
@@ -118,6 +154,15 @@ impl Conditioner {
         }
         Ok(chunker.finish())
     }
+}
+
+/// The ids by which the text encoder knows a word's vectors.
+fn ids_of(model: &Model, words: &[Word], index: usize) -> Range<u32> {
+    let count = |word: &Word| word.vectors.dims()[0];
+    let first: usize = words[..index].iter().map(count).sum();
+    let first = model.text_encoder.vocabulary() + first;
+    // Tables are far smaller than the ids' bounds.
+    first as u32..(first + count(&words[index])) as u32
 }
 
 /// `hidden` is `[chunks, max_length, d]`, the result `[chunks * max_length, d]`.
@@ -153,7 +198,7 @@ mod tests {
     use serde::Deserialize;
 
     use super::*;
-    use crate::models::ModelSource;
+    use crate::models::{Deltas, ModelSource};
 
     /// Relative to the largest value; f32 over the depth of the text encoder.
     const TOLERANCE: f32 = 1e-5;
@@ -199,7 +244,7 @@ mod tests {
             clip_skip,
         } in &index.cases
         {
-            let chunks = conditioner.chunks(&model.tokenizer, prompt).unwrap();
+            let chunks = conditioner.chunks(&model, prompt, &[]).unwrap();
             let ids: Vec<i64> = chunks
                 .iter()
                 .flat_map(|chunk| chunk.ids.iter().map(|&id| i64::from(id)))
@@ -208,7 +253,7 @@ mod tests {
             assert_eq!(ids, expected.to_vec1::<i64>().unwrap(), "{name}");
 
             let hidden = conditioner
-                .encode(&model, "prompt", prompt, *clip_skip)
+                .encode(&model, "prompt", prompt, *clip_skip, None)
                 .unwrap();
             let found = values(&hidden).into_iter().step_by(index.columns);
             let expected = values(&golden[&format!("{name}.hidden")]);
@@ -232,7 +277,7 @@ mod tests {
         ids.push(model.tokenizer.eos());
         ids.resize(model.tokenizer.max_length(), model.tokenizer.pad());
         let expected = model.text_encoder.forward(&[ids], 0, Deltas::NONE).unwrap();
-        let found = conditioner.encode(&model, "prompt", text, 0).unwrap();
+        let found = conditioner.encode(&model, "prompt", text, 0, None).unwrap();
         assert_eq!(found.dims(), [77, 128]);
         assert_eq!(values(&found), values(&expected));
         // Marks that weigh nothing change nothing.
@@ -242,6 +287,7 @@ mod tests {
                 "prompt",
                 "([a red fox]), in the (snow\\: don't:1)",
                 0,
+                None,
             )
             .unwrap();
         assert_eq!(values(&same), values(&expected));
@@ -250,8 +296,13 @@ mod tests {
     #[test]
     fn the_cache_tells_apart_what_gives_different_results() {
         let (model, conditioner) = demo();
-        let encode =
-            |text: &str, skip| values(&conditioner.encode(&model, "prompt", text, skip).unwrap());
+        let encode = |text: &str, skip| {
+            values(
+                &conditioner
+                    .encode(&model, "prompt", text, skip, None)
+                    .unwrap(),
+            )
+        };
         let asked = [
             ("a red fox", 0),
             ("a red fox", 1),
@@ -292,7 +343,7 @@ mod tests {
             ),
             ("fox ".repeat(100_000), "is longer than"),
         ] {
-            match conditioner.encode(&model, "negative_prompt", &text, 0) {
+            match conditioner.encode(&model, "negative_prompt", &text, 0, None) {
                 Err(PipelineError::Invalid {
                     field: "negative_prompt",
                     message,
@@ -304,7 +355,7 @@ mod tests {
         }
         assert!(
             conditioner
-                .encode(&model, "prompt", &"red ".repeat(16 * 75), 0)
+                .encode(&model, "prompt", &"red ".repeat(16 * 75), 0, None)
                 .is_ok()
         );
     }

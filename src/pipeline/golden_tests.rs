@@ -68,6 +68,8 @@ impl Case {
                 strength: self.strength.unwrap(),
             }),
             previews: 0,
+            adapters: Vec::new(),
+            mixture: None,
         }
     }
 }

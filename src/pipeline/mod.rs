@@ -13,26 +13,32 @@
 mod chunks;
 mod conditioning;
 mod emphasis;
+mod mixture;
 mod painting;
 mod pixels;
 mod prompt;
 pub mod request;
+mod tags;
 
 #[cfg(test)]
 mod golden_tests;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
+pub use mixture::{Mixture, Word};
 pub use painting::Painting;
 use painting::{Guidance, Inpaint};
+pub(crate) use tags::tag;
 
 use self::{
     conditioning::Conditioner,
     request::{ImageRequest, InitImage, ModelDefaults},
 };
 use crate::{
-    models::{Deltas, Model, Moments},
+    models::{DeltaBatch, Deltas, Model, Moments},
     noise::{Generator, LatentNoise, picture_seed},
     schedulers::{self, SchedulerConfig, SchedulerError, SchedulerKind},
 };
@@ -102,8 +108,12 @@ impl Pipeline {
 
     /// Encodes the prompt, draws the noise and readies a sampler for each picture of a request.
     pub fn begin(&self, request: &ImageRequest) -> Result<Vec<Painting>, PipelineError> {
-        let encode =
-            |field, text, clip_skip| self.conditioner.encode(&self.model, field, text, clip_skip);
+        let mixture = request.mixture.as_ref();
+        let encode = |field, text, clip_skip| {
+            let mixture = mixture.map(|mixture| &mixture.value);
+            self.conditioner
+                .encode(&self.model, field, text, clip_skip, mixture)
+        };
         let condition = encode("prompt", &request.prompt, request.clip_skip)?;
         // diffusers: do_classifier_free_guidance = guidance_scale > 1
         let uncondition = match request.guidance_scale > 1.0 {
@@ -196,6 +206,7 @@ impl Pipeline {
             condition: condition.clone(),
             guidance,
             inpaint,
+            mixture: request.mixture.clone(),
         })
     }
 
@@ -222,7 +233,11 @@ impl Pipeline {
         };
         let [h, w, c] = first.shape;
         let (mut sample, mut timesteps, mut context) = (Vec::new(), Vec::new(), Vec::new());
-        for painting in batch {
+        let mut rows = Vec::new();
+        // Rows under the same adapters are cheapest side by side.
+        let mut order: Vec<usize> = (0..batch.len()).collect();
+        order.sort_by_key(|&at| batch[at].deltas().map(Arc::as_ptr));
+        for painting in order.iter().map(|&at| batch[at]) {
             let Some(timestep) = painting.sampler.timestep() else {
                 return Err(candle_core::Error::msg("a finished picture was to be stepped").into());
             };
@@ -232,33 +247,32 @@ impl Pipeline {
                     candle_core::Error::msg("pictures of one forward must share a shape").into(),
                 );
             }
-            if let Some(guidance) = &painting.guidance {
+            let uncondition = painting.guidance.as_ref().map(|g| &g.uncondition);
+            for condition in uncondition.into_iter().chain([&painting.condition]) {
                 sample.extend_from_slice(&input);
                 timesteps.push(timestep);
-                context.push(guidance.uncondition.clone());
+                context.push(condition.clone());
+                rows.push(painting.deltas().cloned());
             }
-            sample.extend_from_slice(&input);
-            timesteps.push(timestep);
-            context.push(painting.condition.clone());
         }
         let sample = Tensor::from_vec(sample, (timesteps.len(), h, w, c), &self.device)?;
+        let deltas = DeltaBatch::new(rows);
         let output = self
             .model
             .unet
-            .forward(&sample, &timesteps, &context, Deltas::NONE)?;
+            .forward(&sample, &timesteps, &context, deltas.deltas())?;
         let output = output
             .to_dtype(DType::F32)?
             .flatten_all()?
             .to_vec1::<f32>()?;
         let mut rest = output.as_slice();
-        Ok(batch
-            .iter()
-            .map(|painting| {
-                let (own, others) = rest.split_at(painting.rows() * h * w * c);
-                rest = others;
-                own.to_vec()
-            })
-            .collect())
+        let mut predictions = vec![Vec::new(); batch.len()];
+        for at in order {
+            let (own, others) = rest.split_at(batch[at].rows() * h * w * c);
+            rest = others;
+            predictions[at] = own.to_vec();
+        }
+        Ok(predictions)
     }
 
     /// Takes a painting one evaluation further with what [`Pipeline::predict`] said of it.

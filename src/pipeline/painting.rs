@@ -1,8 +1,11 @@
 //! One picture on its way from noise to latents: the state a request carries between steps.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
-use crate::{noise::LatentNoise, schedulers::Sampler};
+use super::Mixture;
+use crate::{models::DeltaSet, noise::LatentNoise, registry::Resident, schedulers::Sampler};
 
 /// A picture in the making. It knows nothing of its neighbours in a batch.
 pub struct Painting {
@@ -20,6 +23,8 @@ pub struct Painting {
     pub(super) inpaint: Option<Inpaint>,
     /// What the model last took the picture for, in latents; kept where previews are wanted.
     pub(super) denoised: Option<Vec<f32>>,
+    /// The adapters it is painted with; held for as long as they are in use.
+    pub(super) mixture: Option<Arc<Resident<Mixture>>>,
 }
 
 /// Classifier-free guidance (Ho and Salimans 2022, eq. 6, in diffusers' parametrisation).
@@ -43,6 +48,11 @@ impl Painting {
     /// Rows this picture takes in a forward.
     pub fn rows(&self) -> usize {
         1 + usize::from(self.guidance.is_some())
+    }
+
+    /// What its adapters add beside the weights.
+    pub(super) fn deltas(&self) -> Option<&Arc<DeltaSet>> {
+        self.mixture.as_ref()?.value.deltas.as_ref()
     }
 
     /// Height, width and channels of the latents.

@@ -4,12 +4,15 @@
 //! function but for the seed it draws when none is given. Its errors name the field, the limit and
 //! what to send instead.
 
+use std::sync::Arc;
+
 use image::{
     GrayImage, RgbImage,
     imageops::{self, FilterType},
 };
 
-use super::prompt;
+use super::{Mixture, prompt, tags};
+use crate::registry::{Generation, Resident};
 use crate::schedulers::{SchedulerKind, UnknownScheduler};
 
 /// Guidance above this only burns the picture; samplers overflow long before infinity.
@@ -20,6 +23,23 @@ pub const MAX_PREVIEWS: u32 = 16;
 const IMG2IMG_STRENGTH: f64 = 0.8;
 /// Inpainting starts from pure noise under the mask (diffusers' default).
 const INPAINT_STRENGTH: f64 = 1.0;
+
+/// Strengths beyond this, in either direction, are slips of the finger.
+pub(super) const MOST_STRENGTH: f64 = 100.0;
+/// Adapters of one request.
+const MOST_ADAPTERS: usize = 32;
+
+/// An adapter that a request names.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterChoice {
+    pub name: String,
+    /// Strength in the UNet: 1 is what the adapter was trained for, less than 0 the opposite.
+    pub unet: f64,
+    /// Strength in the text encoder.
+    pub text: f64,
+    /// Hash of the file that is used, once it is known.
+    pub sha256: Option<Generation>,
+}
 
 /// What a client asked for, before validation: every field optional but the prompt.
 #[derive(Debug, Clone, Default)]
@@ -48,6 +68,8 @@ pub struct RequestDraft {
     pub strength: Option<f64>,
     /// Number of intermediate pictures wanted on the progress channel.
     pub previews: Option<u64>,
+    /// Adapters beside those that tags in the prompt name.
+    pub adapters: Vec<AdapterChoice>,
 }
 
 /// Bounds that the operator sets.
@@ -108,6 +130,10 @@ pub struct ImageRequest {
     pub clip_skip: u32,
     pub init: Option<InitImage>,
     pub previews: u32,
+    /// Those of the tags come last, in their order.
+    pub adapters: Vec<AdapterChoice>,
+    /// What `adapters` come to; absent until somebody mixed them.
+    pub mixture: Option<Arc<Resident<Mixture>>>,
 }
 
 /// Where img2img and inpainting start; pictures have the size of the request.
@@ -137,15 +163,27 @@ impl RequestDraft {
         model: &ModelDefaults,
         limits: &Limits,
     ) -> Result<ImageRequest, InvalidField> {
-        if self.prompt.trim().is_empty() {
+        check_text("prompt", &self.prompt, limits)?;
+        let (prompt, tagged) =
+            tags::extract(&self.prompt).map_err(|error| InvalidField::new("prompt", error))?;
+        let adapters = check_adapters(self.adapters, tagged)?;
+        if prompt.trim().is_empty() {
             return Err(InvalidField::new(
                 "prompt",
                 "must not be empty; say what to paint",
             ));
         }
-        check_text("prompt", &self.prompt, limits)?;
+        check_grammar("prompt", &prompt)?;
         let negative_prompt = self.negative_prompt.unwrap_or_default();
         check_text("negative_prompt", &negative_prompt, limits)?;
+        check_grammar("negative_prompt", &negative_prompt)?;
+        if tags::extract(&negative_prompt).is_ok_and(|(_, tagged)| !tagged.is_empty()) {
+            return Err(InvalidField::new(
+                "negative_prompt",
+                "names an adapter; adapters change the whole picture: move the tag to the prompt, \
+                 with a strength below 0 for the opposite",
+            ));
+        }
 
         let from_image = self
             .image
@@ -214,7 +252,7 @@ impl RequestDraft {
         let init = init_image(self.image, self.mask, self.strength, (width, height), steps)?;
 
         Ok(ImageRequest {
-            prompt: self.prompt,
+            prompt,
             negative_prompt,
             width,
             height,
@@ -226,6 +264,8 @@ impl RequestDraft {
             clip_skip,
             init,
             previews,
+            adapters,
+            mixture: None,
         })
     }
 }
@@ -259,9 +299,51 @@ fn check_text(field: &'static str, text: &str, limits: &Limits) -> Result<(), In
             ),
         ));
     }
-    // Read for its errors alone, which the client is to see before its turn comes.
+    Ok(())
+}
+
+/// Read for its errors alone, which the client is to see before its turn comes.
+fn check_grammar(field: &'static str, text: &str) -> Result<(), InvalidField> {
     prompt::parse(text).map_err(|error| InvalidField::new(field, error.to_string()))?;
     Ok(())
+}
+
+fn check_adapters(
+    mut adapters: Vec<AdapterChoice>,
+    tagged: Vec<AdapterChoice>,
+) -> Result<Vec<AdapterChoice>, InvalidField> {
+    let field = match adapters.is_empty() {
+        true => "prompt",
+        false => "adapters",
+    };
+    adapters.extend(tagged);
+    if adapters.len() > MOST_ADAPTERS {
+        return Err(InvalidField::new(
+            field,
+            format!(
+                "names {} adapters; name at most {MOST_ADAPTERS}",
+                adapters.len()
+            ),
+        ));
+    }
+    for AdapterChoice {
+        name, unet, text, ..
+    } in &adapters
+    {
+        for strength in [unet, text] {
+            // Not the other way round: NaN must not pass.
+            if !(-MOST_STRENGTH..=MOST_STRENGTH).contains(strength) {
+                return Err(InvalidField::new(
+                    "adapters",
+                    format!(
+                        "the strength of `{name}` must be a number from -{MOST_STRENGTH} to \
+                         {MOST_STRENGTH}, got {strength}; 1 is usual"
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(adapters)
 }
 
 fn check_side(

@@ -1,0 +1,98 @@
+//! From the adapters a request names to the mixture its pictures are painted with.
+
+use std::sync::Arc;
+
+use futures::future::join_all;
+
+use super::{
+    AdapterRegistry,
+    mixer::{Mixer, MixerError, Portion},
+};
+use crate::{
+    pipeline::request::{AdapterChoice, ImageRequest},
+    registry::{AdapterName, RegistryError},
+};
+
+/// The adapters of the served model: where they live, and what they are mixed with.
+pub struct Wardrobe {
+    registry: AdapterRegistry,
+    mixer: Arc<Mixer>,
+}
+
+/// What to do about an adapter that is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnMissing {
+    /// Refuse the request.
+    #[default]
+    Fail,
+    /// Paint without it, and say so.
+    Ignore,
+}
+
+/// Why a request's adapters cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum WardrobeError {
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error(transparent)]
+    Mixer(#[from] MixerError),
+}
+
+impl Wardrobe {
+    pub fn new(registry: AdapterRegistry, mixer: Arc<Mixer>) -> Self {
+        Self { registry, mixer }
+    }
+
+    pub fn registry(&self) -> &AdapterRegistry {
+        &self.registry
+    }
+
+    pub fn mixer(&self) -> &Arc<Mixer> {
+        &self.mixer
+    }
+
+    /// Loads the adapters that a request names, all at once, mixes them, and puts the mixture into the
+    /// request, and the files' hashes beside their names. Waits for these adapters and for nobody
+    /// else's. Says which are not there, if that is to be ignored.
+    ///
+    /// # Errors
+    /// An adapter that is not there or cannot be served, and no room for it.
+    pub async fn dress(
+        &self,
+        request: &mut ImageRequest,
+        on_missing: OnMissing,
+    ) -> Result<Vec<String>, WardrobeError> {
+        let mut missing = Vec::new();
+        let choices = std::mem::take(&mut request.adapters);
+        let leases = join_all(choices.iter().map(|choice| async {
+            let name = AdapterName::new(&choice.name)?;
+            self.registry.lease(&name).await
+        }));
+        let mut portions = Vec::new();
+        for (choice, lease) in choices.iter().zip(leases.await) {
+            match lease {
+                Ok(lease) => {
+                    request.adapters.push(AdapterChoice {
+                        sha256: Some(lease.generation()),
+                        ..choice.clone()
+                    });
+                    portions.push(Portion {
+                        name: choice.name.clone(),
+                        generation: lease.generation(),
+                        adapter: lease,
+                        unet: choice.unet,
+                        text: choice.text,
+                    });
+                }
+                Err(RegistryError::NotFound { .. }) if on_missing == OnMissing::Ignore => {
+                    missing.push(choice.name.clone());
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if !portions.is_empty() {
+            request.mixture = Some(self.mixer.mix(portions).await?);
+        }
+        Ok(missing)
+    }
+}
