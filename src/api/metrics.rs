@@ -1,6 +1,6 @@
 //! `GET /metrics`, in Prometheus' text format.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use axum::{
     extract::State,
@@ -9,7 +9,8 @@ use axum::{
 };
 use metrics::{counter, gauge, histogram};
 
-use super::{AppState, state::Stage};
+use super::{AppState, paint::unix_now, state::Stage};
+use crate::engine::AdapterUse;
 
 /// Figures for Prometheus.
 #[utoipa::path(get, path = "/metrics", tag = "operations",
@@ -18,7 +19,9 @@ use super::{AppState, state::Stage};
 pub(super) async fn render(State(state): State<AppState>) -> impl IntoResponse {
     observe_engine(&state);
     let kind = "text/plain; version=0.0.4; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], state.metrics().render())
+    let mut text = state.metrics().render();
+    text.push_str(&lora_requests_info(&state));
+    ([(header::CONTENT_TYPE, kind)], text)
 }
 
 /// Takes the engine's own figures over; they are read when they are asked for.
@@ -33,6 +36,32 @@ fn observe_engine(state: &AppState) {
     gauge!("lorikeet_running_rows").set(stats.running_rows as f64);
     counter!("lorikeet_steps_total").absolute(stats.steps);
     counter!("lorikeet_pictures_total").absolute(stats.pictures);
+}
+
+/// vLLM's gauge by which Kubernetes' inference gateway sends requests to where their adapter is in use.
+/// The names are in its labels and its value is the time, so it is written at every look: as a series
+/// of the recorder every set of names would stay for ever.
+fn lora_requests_info(state: &AppState) -> String {
+    let Ok(painter) = state.painter() else {
+        return String::new();
+    };
+    let AdapterUse {
+        waiting,
+        running,
+        most,
+    } = painter.adapters();
+    // A name has neither quotes nor commas.
+    let list = |names: BTreeSet<String>| names.into_iter().collect::<Vec<_>>().join(",");
+    let name = "vllm:lora_requests_info";
+    format!(
+        "# HELP {name} Adapters in use, as labels; the value is the time of looking.\n\
+         # TYPE {name} gauge\n\
+         {name}{{max_lora=\"{}\",waiting_lora_adapters=\"{}\",running_lora_adapters=\"{}\"}} {}\n",
+        most,
+        list(waiting),
+        list(running),
+        unix_now(),
+    )
 }
 
 /// Counts an answered request.

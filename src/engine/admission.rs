@@ -1,7 +1,7 @@
 //! The bounded queue between callers and the device worker.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -109,6 +109,17 @@ impl Admission {
             .filter(|ticket| !ticket.abandoned())
             .map(|ticket| u64::from(ticket.request.n))
             .sum()
+    }
+
+    /// Names of the adapters that the waiting jobs want.
+    pub fn adapters(&self) -> BTreeSet<String> {
+        let state = self.lock();
+        let waiting = state.waiting.iter();
+        waiting
+            .filter(|ticket| !ticket.abandoned())
+            .flat_map(|ticket| ticket.request.adapters.iter())
+            .map(|choice| choice.name.clone())
+            .collect()
     }
 
     /// Refuses new tickets from now on; those inside stay.

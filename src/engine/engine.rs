@@ -1,9 +1,10 @@
 //! The handle to the serving core: what the rest of the program holds.
 
 use std::{
+    collections::BTreeSet,
     io,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     thread,
@@ -13,7 +14,7 @@ use std::{
 use tokio::sync::{oneshot, watch};
 
 use super::{
-    Drained, EngineStats, Health, Job, ModelInfo, Painter, Progress, SubmitError,
+    AdapterUse, Drained, EngineStats, Health, Job, ModelInfo, Painter, Progress, SubmitError,
     admission::{Admission, Refused, Ticket},
     backend::Backend,
     worker::Worker,
@@ -60,6 +61,8 @@ pub(super) struct Shared {
     pub max_rows: usize,
     pub max_running: usize,
     pub running_rows: AtomicUsize,
+    /// Adapters that running pictures are painted with.
+    pub running_adapters: Mutex<BTreeSet<String>>,
     pub steps: AtomicU64,
     pub pictures: AtomicU64,
     /// Moving average of the time between two finished pictures, in microseconds; 0 is unknown.
@@ -75,6 +78,7 @@ impl Shared {
             max_rows: config.max_rows.max(1),
             max_running: config.max_running.max(1),
             running_rows: AtomicUsize::new(0),
+            running_adapters: Mutex::default(),
             steps: AtomicU64::new(0),
             pictures: AtomicU64::new(0),
             picture_micros: AtomicU64::new(0),
@@ -185,6 +189,19 @@ impl Painter for Engine {
             running_rows: shared.running_rows.load(Relaxed),
             steps: shared.steps.load(Relaxed),
             pictures: shared.pictures.load(Relaxed),
+        }
+    }
+
+    fn adapters(&self) -> AdapterUse {
+        // Nothing can panic under the lock.
+        let running = self.shared.running_adapters.lock();
+        let running = running.unwrap_or_else(PoisonError::into_inner).clone();
+        let mut waiting = self.shared.admission.adapters();
+        waiting.retain(|name| !running.contains(name));
+        AdapterUse {
+            waiting,
+            running,
+            most: self.shared.max_running,
         }
     }
 

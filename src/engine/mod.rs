@@ -33,5 +33,5 @@ pub use job::{Health, Job, JobError, Picture, Progress, SubmitError};
 pub use loader::{AdapterLoader, AdapterRegistry};
 pub use mixer::{Mixer, MixerError, Portion};
 pub use open::{DeviceChoice, OpenError, Opened, Precision, open};
-pub use painter::{Drained, EngineStats, ModelInfo, Painter};
+pub use painter::{AdapterUse, Drained, EngineStats, ModelInfo, Painter};
 pub use wardrobe::{OnMissing, Wardrobe, WardrobeError};

@@ -1,6 +1,6 @@
 //! What the HTTP layer and the command line know of the engine.
 
-use std::{future::Future, pin::Pin};
+use std::{collections::BTreeSet, future::Future, pin::Pin};
 
 use tokio::sync::watch;
 
@@ -35,6 +35,16 @@ pub struct EngineStats {
     pub pictures: u64,
 }
 
+/// Names of the adapters that requests are waiting for and painted with, each once.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AdapterUse {
+    /// Of waiting requests; an adapter that is also painted with is not among them.
+    pub waiting: BTreeSet<String>,
+    pub running: BTreeSet<String>,
+    /// Pictures painted at once, each with adapters of its own.
+    pub most: usize,
+}
+
 /// A future behind a pointer, so that [`Painter`] can be a trait object.
 pub type Drained<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
@@ -46,6 +56,9 @@ pub trait Painter: Send + Sync + 'static {
     fn health(&self) -> watch::Receiver<Health>;
     fn info(&self) -> &ModelInfo;
     fn stats(&self) -> EngineStats;
+    fn adapters(&self) -> AdapterUse {
+        AdapterUse::default()
+    }
     /// Stops taking requests; accepted ones finish.
     fn drain(&self);
     /// Resolves once nothing is queued or running after [`Painter::drain`].

@@ -1,6 +1,9 @@
 //! From the adapters a request names to the mixture its pictures are painted with.
 
-use std::sync::Arc;
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use futures::future::join_all;
 
@@ -17,6 +20,32 @@ use crate::{
 pub struct Wardrobe {
     registry: AdapterRegistry,
     mixer: Arc<Mixer>,
+    labels: Labels,
+}
+
+/// Names that have a label of their own in the metrics: the first that were asked for. Each label is a
+/// time series for as long as the process lives, so they must not grow with the registry.
+#[derive(Debug, Default)]
+struct Labels(Mutex<HashSet<String>>);
+
+/// Names with a label of their own; the rest is `other`.
+const LABELS: usize = 100;
+
+impl Labels {
+    fn count(&self, choices: &[AdapterChoice]) {
+        // Nothing can panic under the lock.
+        let mut labels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for AdapterChoice { name, .. } in choices {
+            if labels.len() < LABELS {
+                labels.insert(name.clone());
+            }
+            let label = match labels.contains(name) {
+                true => name.clone(),
+                false => "other".into(),
+            };
+            metrics::counter!("lorikeet_adapter_requests_total", "adapter" => label).increment(1);
+        }
+    }
 }
 
 /// What to do about an adapter that is not there.
@@ -40,7 +69,11 @@ pub enum WardrobeError {
 
 impl Wardrobe {
     pub fn new(registry: AdapterRegistry, mixer: Arc<Mixer>) -> Self {
-        Self { registry, mixer }
+        Self {
+            registry,
+            mixer,
+            labels: Labels::default(),
+        }
     }
 
     pub fn registry(&self) -> &AdapterRegistry {
@@ -90,6 +123,7 @@ impl Wardrobe {
                 Err(error) => return Err(error.into()),
             }
         }
+        self.labels.count(&request.adapters);
         if !portions.is_empty() {
             request.mixture = Some(self.mixer.mix(portions).await?);
         }

@@ -5,7 +5,7 @@ use std::{
     any::Any,
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::{Arc, PoisonError, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -36,6 +36,8 @@ struct Active {
     /// A place for each picture, filled as they finish.
     pictures: Vec<Option<Picture>>,
     previews_wanted: u32,
+    /// Names of the adapters it is painted with.
+    adapters: Vec<String>,
 }
 
 impl Active {
@@ -174,6 +176,7 @@ impl<B: Backend> Worker<B> {
             result: Some(result),
             pictures: Vec::new(),
             previews_wanted: request.previews,
+            adapters: request.adapters.iter().map(|c| c.name.clone()).collect(),
         };
         let backend = &mut self.backend;
         match guarded(|| backend.begin(&request)) {
@@ -445,6 +448,13 @@ impl<B: Backend> Worker<B> {
             .map(|row| B::view(&row.painting).rows)
             .sum();
         self.shared.running_rows.store(rows, Relaxed);
+        let adapters = self.jobs.iter().flat_map(|job| &job.adapters);
+        // Nothing can panic under the lock.
+        *self
+            .shared
+            .running_adapters
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = adapters.cloned().collect();
     }
 }
 

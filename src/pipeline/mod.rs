@@ -23,7 +23,7 @@ mod tags;
 #[cfg(test)]
 mod golden_tests;
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
@@ -257,6 +257,7 @@ impl Pipeline {
         }
         let sample = Tensor::from_vec(sample, (timesteps.len(), h, w, c), &self.device)?;
         let deltas = DeltaBatch::new(rows);
+        metrics::histogram!("lorikeet_adapters_per_batch").record(distinct(batch) as f64);
         let output = self
             .model
             .unet
@@ -314,6 +315,12 @@ impl Pipeline {
             }
         }
     }
+}
+
+/// Mixtures of adapters in a batch, each counted once.
+fn distinct(batch: &[&Painting]) -> usize {
+    let mixtures = batch.iter().filter_map(|painting| painting.deltas());
+    mixtures.map(Arc::as_ptr).collect::<HashSet<_>>().len()
 }
 
 fn scaled(mut values: Vec<f32>, factor: f32) -> Vec<f32> {
