@@ -13,7 +13,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 
 use super::ApiError;
-use crate::engine::{Health, Painter};
+use crate::engine::{AdapterRegistry, Health, Painter};
 
 /// How the HTTP layer behaves; the operator's choices.
 #[derive(Debug, Clone)]
@@ -26,6 +26,8 @@ pub struct HttpSettings {
     pub paint_timeout: Duration,
     /// Origins whose pages may call; empty for none, `*` for any.
     pub cors_origins: Vec<HeaderValue>,
+    /// Whether vLLM's routes may bring adapters into memory and out of it.
+    pub lora_loading: bool,
 }
 
 impl Default for HttpSettings {
@@ -35,6 +37,7 @@ impl Default for HttpSettings {
             body_timeout: Duration::from_secs(60),
             paint_timeout: Duration::from_secs(600),
             cors_origins: Vec::new(),
+            lora_loading: false,
         }
     }
 }
@@ -48,6 +51,7 @@ pub struct AppState(Arc<Shared>);
 
 struct Shared {
     painter: OnceLock<Arc<dyn Painter>>,
+    adapters: OnceLock<AdapterRegistry>,
     draining: AtomicBool,
     settings: HttpSettings,
     metrics: PrometheusHandle,
@@ -68,6 +72,7 @@ impl AppState {
     pub fn loading(settings: HttpSettings, metrics: PrometheusHandle) -> Self {
         Self(Arc::new(Shared {
             painter: OnceLock::new(),
+            adapters: OnceLock::new(),
             draining: AtomicBool::new(false),
             settings,
             metrics,
@@ -82,6 +87,13 @@ impl AppState {
         }
     }
 
+    /// Puts the adapters in, before the model that they are for. A second call changes nothing.
+    pub fn set_adapters(&self, adapters: AdapterRegistry) {
+        if self.0.adapters.set(adapters).is_err() {
+            tracing::warn!("there are adapters already; the second registry is dropped");
+        }
+    }
+
     /// From now on `/readyz` says 503; requests are still served until the painter drains.
     pub fn start_draining(&self) {
         self.0.draining.store(true, Ordering::SeqCst);
@@ -90,6 +102,12 @@ impl AppState {
     /// The loaded model, or 503.
     pub(super) fn painter(&self) -> Result<&Arc<dyn Painter>, ApiError> {
         self.0.painter.get().ok_or(ApiError::Loading)
+    }
+
+    /// The adapters: 503 until the model is loaded, 404 on a server without a place for them.
+    pub(super) fn adapters(&self) -> Result<&AdapterRegistry, ApiError> {
+        self.painter()?;
+        self.0.adapters.get().ok_or(ApiError::NoAdapters)
     }
 
     pub(super) fn settings(&self) -> &HttpSettings {
