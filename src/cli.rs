@@ -7,13 +7,14 @@ mod healthcheck;
 mod openapi;
 mod options;
 mod serve;
+mod store;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tokio::runtime::Runtime;
 
-pub use boot::{BootError, open_engine};
+pub use boot::{BootError, Booted, open_engine};
 
 use crate::{config::InvalidOption, ops};
 

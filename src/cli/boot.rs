@@ -3,8 +3,9 @@
 use std::{io, sync::Arc};
 
 use crate::{
+    adapters::AdapterError,
     config::{Config, InvalidOption},
-    engine::{self, EngineConfig, OpenError, Painter},
+    engine::{self, AdapterLoader, EngineConfig, OpenError, Painter},
 };
 
 /// Why the engine did not open.
@@ -14,17 +15,27 @@ pub enum BootError {
     Open(#[from] OpenError),
     #[error(transparent)]
     Option(#[from] InvalidOption),
+    #[error(transparent)]
+    Sites(#[from] AdapterError),
     #[error("no thread for the device worker: {0}")]
     Thread(#[from] io::Error),
 }
 
+/// A running engine.
+pub struct Booted {
+    pub painter: Arc<dyn Painter>,
+    /// What reads adapters for its model.
+    pub loader: AdapterLoader,
+}
+
 /// Loads the model and starts the device thread. Slow: run it on a blocking thread.
-pub fn open_engine(config: &Config) -> Result<Arc<dyn Painter>, BootError> {
+pub fn open_engine(config: &Config) -> Result<Booted, BootError> {
     let limits = config.limits.clone();
     let mut opened = engine::open(&config.model, config.device, config.dtype, limits)?;
     config
         .defaults
         .apply(&mut opened.info.defaults, &config.limits)?;
+    let loader = opened.adapter_loader()?;
     let engine = opened.start(EngineConfig {
         queue: config.queue,
         max_rows: config.max_batch,
@@ -32,5 +43,8 @@ pub fn open_engine(config: &Config) -> Result<Arc<dyn Painter>, BootError> {
         // another size, which step in turns, need not wait for a free place.
         max_running: config.max_batch,
     })?;
-    Ok(Arc::new(engine))
+    Ok(Booted {
+        painter: Arc::new(engine),
+        loader,
+    })
 }

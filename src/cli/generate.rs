@@ -198,7 +198,8 @@ pub(super) fn run(options: GenerateOptions) -> Result<(), Failure> {
         strength: options.strength,
         previews: None,
     };
-    let painter = open_engine(&config).map_err(|error| Failure::new(error.to_string()))?;
+    let booted = open_engine(&config).map_err(|error| Failure::new(error.to_string()))?;
+    let painter = booted.painter;
     let info = painter.info();
     let request = draft
         .validate(&info.defaults, &info.limits)

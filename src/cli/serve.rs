@@ -7,8 +7,9 @@ use tokio::net::TcpListener;
 
 use super::{
     Failure,
-    boot::open_engine,
+    boot::{Booted, open_engine},
     options::{ModelOptions, scheduler, seconds, size},
+    store::{Place, StoreOptions},
 };
 use crate::{
     api::{self, AppState, Drain, HttpSettings},
@@ -36,6 +37,9 @@ Prompts weigh words as AUTOMATIC1111 does: (word:1.3), [word], BREAK. The API is
 pub(super) struct ServeOptions {
     #[command(flatten, next_help_heading = "Model")]
     model: ModelOptions,
+
+    #[command(flatten, next_help_heading = "Adapters")]
+    adapters: StoreOptions,
 
     /// Address and port; port 0 takes a free one and the log says which
     #[arg(
@@ -161,6 +165,7 @@ pub(super) fn run(options: ServeOptions) -> Result<(), Failure> {
         body_timeout: options.body_timeout,
         paint_timeout: options.paint_timeout,
         cors_origins: options.cors_origins,
+        lora_loading: options.adapters.allow_lora_loading,
     };
     let drain = Drain {
         delay: options.drain_delay,
@@ -181,9 +186,11 @@ pub(super) fn run(options: ServeOptions) -> Result<(), Failure> {
     let config = options
         .model
         .into_config(options.max_batch, options.queue, limits, defaults)?;
+    let place = options.adapters.open()?;
     let runtime = super::runtime()?;
     let result = runtime.block_on(serve(
         config,
+        place,
         options.listen,
         AppState::loading(settings, metrics),
         drain,
@@ -195,6 +202,7 @@ pub(super) fn run(options: ServeOptions) -> Result<(), Failure> {
 
 async fn serve(
     config: Config,
+    place: Option<Place>,
     listen: SocketAddr,
     state: AppState,
     drain: Drain,
@@ -211,10 +219,17 @@ async fn serve(
     let load = {
         let state = state.clone();
         async move {
-            let painter = loading
+            let Booted { painter, loader } = loading
                 .await
                 .map_err(|error| Failure::new(format!("loading the model failed: {error}")))?
                 .map_err(|error| Failure::new(error.to_string()))?;
+            let mut keeper = None;
+            if let Some(place) = place {
+                let registry = place.search(loader).await?;
+                tracing::info!(adapters = registry.all().len(), "adapters found");
+                keeper = Some(registry.keep());
+                state.set_adapters(registry);
+            }
             let info = painter.info();
             tracing::info!(
                 model = info.name,
@@ -222,13 +237,15 @@ async fn serve(
                 "ready at http://{address}"
             );
             state.set_painter(painter);
-            Ok::<_, Failure>(())
+            Ok::<_, Failure>(keeper)
         }
     };
+    // Follows what others change in the store, for as long as this serves.
+    let _keeper;
     let mut serving = std::pin::pin!(api::serve(listener, state, drain, signal));
     tokio::select! {
         result = &mut serving => return result.map_err(|error| Failure::new(error.to_string())),
-        loaded = load => loaded?,
+        loaded = load => _keeper = loaded?,
     }
     serving
         .await

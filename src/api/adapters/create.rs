@@ -178,8 +178,8 @@ async fn read(
                 if let Some(name) = &name {
                     admission = Some(registry.admit(name, PutPolicy::Create).await?);
                 }
-                let pieces = incoming.onto_disk(std::pin::pin!(part));
-                file.replace(registry.receive(pieces).await?).is_some()
+                let staged = registry.receive(incoming.onto_disk(part)).await?;
+                file.replace(staged).is_some()
             }
             "name" => {
                 let given = AdapterName::new(text(part, &field).await?)?;
