@@ -7,6 +7,7 @@ mod healthcheck;
 mod openapi;
 mod options;
 mod serve;
+mod store;
 
 use std::process::ExitCode;
 

@@ -24,6 +24,15 @@ impl fmt::Display for Family {
 }
 
 impl Family {
+    /// As manifests have it.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Sd1 => "sd1",
+            Self::Sd2 => "sd2",
+            Self::Sdxl => "sdxl",
+        }
+    }
+
     /// By the width of the context that cross-attention reads.
     fn of_width(width: usize) -> Option<Self> {
         match width {

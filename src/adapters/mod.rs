@@ -37,6 +37,7 @@ mod read;
 mod roles;
 mod save;
 mod sgm;
+mod summary;
 mod table;
 
 #[cfg(test)]
@@ -55,4 +56,5 @@ pub use family::Family;
 pub use mix::{MixError, Share, mix};
 pub use read::ReadOptions;
 pub use save::Format;
+pub use summary::Summary;
 pub use table::SiteTable;

@@ -160,13 +160,6 @@ pub(super) async fn dress(
     }
 }
 
-// MERGE: the table of the adapters' routes takes this over.
-impl From<RegistryError> for ApiError {
-    fn from(error: RegistryError) -> Self {
-        Self::field("adapters", error.to_string())
-    }
-}
-
 impl From<WardrobeError> for ApiError {
     fn from(error: WardrobeError) -> Self {
         match error {

@@ -15,7 +15,7 @@ use super::{ApiError, HttpSettings};
 
 /// How long the rest of an oversized body is read and thrown away, so that a client that is still
 /// sending gets to read the answer instead of a reset connection.
-const LINGER: Duration = Duration::from_secs(2);
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 
 /// The media type without parameters, in lower case; empty when there is none.
 pub(super) fn content_type(headers: &HeaderMap) -> String {

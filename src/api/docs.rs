@@ -29,6 +29,7 @@ use super::ApiError;
     ),
     tags(
         (name = "images", description = "Painting"),
+        (name = "adapters", description = "Adapters: upload, look, change, download"),
         (name = "models", description = "What can be named in `model`"),
         (name = "operations", description = "For supervisors, load balancers and monitoring")
     )

@@ -10,16 +10,18 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::refusals;
 use crate::{
     engine::{JobError, SubmitError},
     pipeline::request::InvalidField,
+    registry::RegistryError,
 };
 
 /// What a client reads of every 500.
 const INTERNAL: &str =
     "the server failed; the cause is in its log under this answer's x-request-id";
 /// Seconds after which a client may ask again while the server starts, drains or recovers.
-const COME_BACK: Duration = Duration::from_secs(5);
+pub(super) const COME_BACK: Duration = Duration::from_secs(5);
 
 /// Why a request has no answer of its own kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,8 +52,19 @@ pub enum ApiError {
     NoSuchRoute { path: String },
     #[error("{path} does not take {method}; the Allow header says what it takes")]
     NoSuchMethod { method: String, path: String },
-    #[error("there is no model `{name}`; this server has: {available}")]
+    #[error(
+        "there is no model `{name}`; this server has: {available}, and what GET /v1/adapters lists"
+    )]
     NoSuchModel { name: String, available: String },
+    #[error("this server has no place for adapters; start it with --adapters DIR")]
+    NoAdapters,
+    #[error(
+        "adapters are not loaded by request here; start the server with --allow-lora-loading, or \
+         do without: they are loaded when a picture needs them"
+    )]
+    LoraLoadingOff,
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     #[error("the queue is full; try again in {} s", seconds(*retry_after))]
     QueueFull { retry_after: Duration },
     #[error("the model is still loading; try again in {} s", seconds(COME_BACK))]
@@ -89,6 +102,7 @@ impl ApiError {
         const INVALID: &str = "invalid_request_error";
         const SERVER: &str = "server_error";
         let (status, kind, code) = match self {
+            Registry(error) => return refusals::row(error),
             BrokenJson { .. } => (StatusCode::BAD_REQUEST, INVALID, "invalid_json"),
             BrokenForm(_) => (StatusCode::BAD_REQUEST, INVALID, "invalid_multipart"),
             BrokenBody => (StatusCode::BAD_REQUEST, INVALID, "incomplete_body"),
@@ -107,6 +121,8 @@ impl ApiError {
                 "method_not_allowed",
             ),
             NoSuchModel { .. } => (StatusCode::NOT_FOUND, INVALID, "model_not_found"),
+            NoAdapters => (StatusCode::NOT_FOUND, INVALID, "no_adapter_store"),
+            LoraLoadingOff => (StatusCode::NOT_FOUND, INVALID, "lora_loading_off"),
             QueueFull { .. } => (
                 StatusCode::TOO_MANY_REQUESTS,
                 "rate_limit_error",
@@ -138,6 +154,7 @@ impl ApiError {
             Self::BrokenJson { field, .. } => field.as_deref(),
             Self::UnsupportedMediaType { .. } => Some("Content-Type"),
             Self::NoSuchModel { .. } => Some("model"),
+            Self::Registry(error) => refusals::param(error),
             _ => None,
         }
     }
@@ -146,6 +163,7 @@ impl ApiError {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::QueueFull { retry_after } => Some(*retry_after),
+            Self::Registry(error) => refusals::retry_after(error),
             Self::Loading | Self::Draining | Self::Broken | Self::Cancelled => Some(COME_BACK),
             _ => None,
         }
@@ -155,6 +173,7 @@ impl ApiError {
     pub fn client_message(&self) -> String {
         match self {
             Self::Internal(_) => INTERNAL.into(),
+            Self::Registry(error) => refusals::message(error),
             other => other.to_string(),
         }
     }
@@ -172,10 +191,14 @@ impl ApiError {
         }
     }
 
-    /// Writes the cause of a 500 to the log; the request's span adds its id.
+    /// Writes what the client is not told to the log; the request's span adds its id.
     pub fn log(&self) {
-        if let Self::Internal(cause) = self {
-            tracing::error!(cause, "request failed");
+        match self {
+            Self::Internal(cause) => tracing::error!(cause, "request failed"),
+            Self::Registry(error) if refusals::is_secret(error) => {
+                tracing::error!(%error, "request failed");
+            }
+            _ => {}
         }
     }
 }

@@ -52,13 +52,21 @@ fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
     };
     let layer = CorsLayer::new()
         .allow_origin(allowed)
-        .allow_methods([Method::GET, Method::POST])
+        .allow_methods([
+            Method::GET,
+            Method::POST,
+            Method::PUT,
+            Method::PATCH,
+            Method::DELETE,
+        ])
         .allow_headers(AnyValue)
         .expose_headers([
             REQUEST_ID,
             SEED_HEADER,
             WARNINGS_HEADER,
             header::RETRY_AFTER,
+            header::ETAG,
+            header::LOCATION,
         ]);
     Some(layer)
 }

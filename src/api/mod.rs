@@ -8,6 +8,7 @@
 //! [`Painter`]: crate::engine::Painter
 
 mod accept;
+mod adapters;
 mod applying;
 mod blocking;
 mod body;
@@ -24,10 +25,12 @@ mod metrics;
 mod models;
 mod paint;
 mod parameters;
+mod refusals;
 mod serve;
 mod sse;
 mod state;
 mod upload;
+mod vllm;
 
 use axum::{Router, routing::get};
 use utoipa::OpenApi as _;
@@ -47,6 +50,9 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(edits::edit_image))
         .routes(routes!(models::list_models))
         .routes(routes!(models::get_model))
+        .merge(adapters::routes())
+        .routes(routes!(vllm::load_lora_adapter))
+        .routes(routes!(vllm::unload_lora_adapter))
         .routes(routes!(health::livez))
         .routes(routes!(health::readyz))
         .routes(routes!(health::startupz))

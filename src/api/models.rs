@@ -1,5 +1,7 @@
 //! `GET /v1/models`, and which model a request means.
 
+use std::sync::Arc;
+
 use axum::{
     Json,
     extract::{Path, State, rejection::PathRejection},
@@ -8,9 +10,12 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::{ApiError, AppState, error::ErrorBody};
-use crate::{engine::ModelInfo, registry::AdapterName};
+use crate::{
+    engine::ModelInfo,
+    registry::{AdapterName, Entry, RegistryError, Status},
+};
 
-/// A model that can be named in `model`.
+/// A model that can be named in `model`: the served one, or an adapter for it.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Model {
     #[schema(example = "demo")]
@@ -19,7 +24,10 @@ pub(super) struct Model {
     object: &'static str,
     /// Unix time in seconds.
     created: u64,
-    owned_by: &'static str,
+    owned_by: String,
+    /// Of an adapter, the model it is painted with.
+    #[schema(example = json!(null))]
+    parent: Option<String>,
 }
 
 /// All models.
@@ -36,12 +44,30 @@ impl From<&ModelInfo> for Model {
             id: info.name.clone(),
             object: "model",
             created: info.created,
-            owned_by: "lorikeet",
+            owned_by: OWNER.into(),
+            parent: None,
         }
     }
 }
 
-/// Lists what can be named in `model`.
+impl Model {
+    /// As vLLM lists adapters.
+    fn adapter(entry: &Entry, info: &ModelInfo) -> Self {
+        let owner = entry.manifest.owner.as_deref();
+        Self {
+            id: entry.name.to_string(),
+            object: "model",
+            created: entry.manifest.created,
+            owned_by: owner.unwrap_or(OWNER).into(),
+            parent: Some(info.name.clone()),
+        }
+    }
+}
+
+/// Who owns what nobody else does.
+const OWNER: &str = "lorikeet";
+
+/// Lists what can be named in `model`: the model that is served, then the adapters.
 #[utoipa::path(get, path = "/v1/models", tag = "models",
     responses(
         (status = 200, description = "The models", body = ModelList),
@@ -49,7 +75,16 @@ impl From<&ModelInfo> for Model {
 pub(super) async fn list_models(
     State(state): State<AppState>,
 ) -> Result<Json<ModelList>, ApiError> {
-    let data = vec![state.painter()?.info().into()];
+    let info = state.painter()?.info();
+    let mut data = vec![info.into()];
+    if let Ok(registry) = state.adapters() {
+        let all = registry.all().into_iter();
+        // One that cannot be served, or has the model's own name, cannot be named in `model`.
+        let served = all.filter(|entry| {
+            entry.name.as_str() != info.name && !matches!(registry.status(entry), Status::Failed(_))
+        });
+        data.extend(served.map(|entry| Model::adapter(&entry, info)));
+    }
     Ok(Json(ModelList {
         object: "list",
         data,
@@ -75,7 +110,25 @@ pub(super) async fn get_model(
     if id == info.name {
         return Ok(Json(info.into()));
     }
-    Err(no_such_model(&id, info))
+    match adapter_named(&state, &id).await? {
+        Some(entry) => Ok(Json(Model::adapter(&entry, info))),
+        None => Err(no_such_model(&id, info)),
+    }
+}
+
+/// The adapter of a name, if there is one and it can be a name.
+pub(super) async fn adapter_named(
+    state: &AppState,
+    name: &str,
+) -> Result<Option<Arc<Entry>>, ApiError> {
+    let (Ok(registry), Ok(name)) = (state.adapters(), AdapterName::new(name)) else {
+        return Ok(None);
+    };
+    match registry.get(&name).await {
+        Ok(entry) => Ok(Some(entry)),
+        Err(RegistryError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 pub(super) fn no_such_model(name: &str, info: &ModelInfo) -> ApiError {

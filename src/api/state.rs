@@ -13,7 +13,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 
 use super::ApiError;
-use crate::engine::{Health, Painter, Wardrobe};
+use crate::engine::{AdapterRegistry, Health, Painter, Wardrobe};
 
 /// How the HTTP layer behaves; the operator's choices.
 #[derive(Debug, Clone)]
@@ -26,6 +26,8 @@ pub struct HttpSettings {
     pub paint_timeout: Duration,
     /// Origins whose pages may call; empty for none, `*` for any.
     pub cors_origins: Vec<HeaderValue>,
+    /// Whether vLLM's routes may bring adapters into memory and out of it.
+    pub lora_loading: bool,
 }
 
 impl Default for HttpSettings {
@@ -35,6 +37,7 @@ impl Default for HttpSettings {
             body_timeout: Duration::from_secs(60),
             paint_timeout: Duration::from_secs(600),
             cors_origins: Vec::new(),
+            lora_loading: false,
         }
     }
 }
@@ -91,9 +94,10 @@ impl AppState {
         }
     }
 
-    /// The model's adapters, or 503.
+    /// The model's adapters: 503 until it is loaded, 404 on a server without a place for them.
     pub(super) fn wardrobe(&self) -> Result<&Arc<Wardrobe>, ApiError> {
-        self.0.wardrobe.get().ok_or(ApiError::Loading)
+        self.painter()?;
+        self.0.wardrobe.get().ok_or(ApiError::NoAdapters)
     }
 
     /// From now on `/readyz` says 503; requests are still served until the painter drains.
@@ -104,6 +108,11 @@ impl AppState {
     /// The loaded model, or 503.
     pub(super) fn painter(&self) -> Result<&Arc<dyn Painter>, ApiError> {
         self.0.painter.get().ok_or(ApiError::Loading)
+    }
+
+    /// Where the adapters live; errors as those of [`AppState::wardrobe`].
+    pub(super) fn adapters(&self) -> Result<&AdapterRegistry, ApiError> {
+        Ok(self.wardrobe()?.registry())
     }
 
     pub(super) fn settings(&self) -> &HttpSettings {

@@ -250,6 +250,12 @@ async fn dress(
     request: &mut ImageRequest,
 ) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
+    if !folder.is_dir() {
+        return Err(Failure::usage(format!(
+            "--adapters: there is no folder {}; give the one the adapters are in",
+            folder.display()
+        )));
+    }
     let store = Store::folder(folder).map_err(|error| failed(&error))?;
     let registry = Registry::open(store, loader, Settings::default()).await;
     let wardrobe = Wardrobe::new(registry.map_err(|error| failed(&error))?, mixer);

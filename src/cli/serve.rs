@@ -1,6 +1,6 @@
 //! `lorikeet serve`.
 
-use std::{future::Future, net::SocketAddr, time::Duration};
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::http::HeaderValue;
 use tokio::net::TcpListener;
@@ -9,10 +9,12 @@ use super::{
     Failure,
     boot::{Booted, open_engine},
     options::{ModelOptions, scheduler, seconds, size},
+    store::{Place, StoreOptions},
 };
 use crate::{
     api::{self, AppState, Drain, HttpSettings},
     config::{Config, Defaults},
+    engine::Wardrobe,
     pipeline::request::Limits,
     schedulers::SchedulerKind,
     telemetry::{self, LogFormat},
@@ -36,6 +38,9 @@ Prompts weigh words as AUTOMATIC1111 does: (word:1.3), [word], BREAK. The API is
 pub(super) struct ServeOptions {
     #[command(flatten, next_help_heading = "Model")]
     model: ModelOptions,
+
+    #[command(flatten, next_help_heading = "Adapters")]
+    adapters: StoreOptions,
 
     /// Address and port; port 0 takes a free one and the log says which
     #[arg(
@@ -171,6 +176,7 @@ pub(super) fn run(options: ServeOptions) -> Result<(), Failure> {
         body_timeout: options.body_timeout,
         paint_timeout: options.paint_timeout,
         cors_origins: options.cors_origins,
+        lora_loading: options.adapters.allow_lora_loading,
     };
     let drain = Drain {
         delay: options.drain_delay,
@@ -195,9 +201,11 @@ pub(super) fn run(options: ServeOptions) -> Result<(), Failure> {
         defaults,
         u64::from(options.device_adapter_memory) << 20,
     )?;
+    let place = options.adapters.open()?;
     let runtime = super::runtime()?;
     let result = runtime.block_on(serve(
         config,
+        place,
         options.listen,
         AppState::loading(settings, metrics),
         drain,
@@ -209,6 +217,7 @@ pub(super) fn run(options: ServeOptions) -> Result<(), Failure> {
 
 async fn serve(
     config: Config,
+    place: Option<Place>,
     listen: SocketAddr,
     state: AppState,
     drain: Drain,
@@ -225,10 +234,21 @@ async fn serve(
     let load = {
         let state = state.clone();
         async move {
-            let Booted { painter, .. } = loading
+            let Booted {
+                painter,
+                loader,
+                mixer,
+            } = loading
                 .await
                 .map_err(|error| Failure::new(format!("loading the model failed: {error}")))?
                 .map_err(|error| Failure::new(error.to_string()))?;
+            let mut keeper = None;
+            if let Some(place) = place {
+                let registry = place.search(loader).await?;
+                tracing::info!(adapters = registry.all().len(), "adapters found");
+                keeper = Some(registry.keep());
+                state.set_wardrobe(Arc::new(Wardrobe::new(registry, mixer)));
+            }
             let info = painter.info();
             tracing::info!(
                 model = info.name,
@@ -236,13 +256,15 @@ async fn serve(
                 "ready at http://{address}"
             );
             state.set_painter(painter);
-            Ok::<_, Failure>(())
+            Ok::<_, Failure>(keeper)
         }
     };
+    // Follows what others change in the store, for as long as this serves.
+    let _keeper;
     let mut serving = std::pin::pin!(api::serve(listener, state, drain, signal));
     tokio::select! {
         result = &mut serving => return result.map_err(|error| Failure::new(error.to_string())),
-        loaded = load => loaded?,
+        loaded = load => _keeper = loaded?,
     }
     serving
         .await

@@ -38,15 +38,11 @@ pub enum RegistryError {
         found: Generation,
     },
     /// 413
-    #[error("adapter `{name}`: {what} may have at most {limit} bytes")]
-    TooLarge {
-        name: AdapterName,
-        what: &'static str,
-        limit: u64,
-    },
+    #[error("{what} may have at most {limit} bytes")]
+    TooLarge { what: String, limit: u64 },
     /// 400: the client's body ended early.
-    #[error("adapter `{name}`: the upload broke off: {reason}")]
-    BrokenBody { name: AdapterName, reason: String },
+    #[error("the upload broke off: {reason}")]
+    BrokenBody { reason: String },
     /// 422: the file is not one that can be served.
     #[error("adapter `{name}`: {reason}")]
     Refused { name: AdapterName, reason: String },

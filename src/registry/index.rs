@@ -141,6 +141,10 @@ impl Index {
             .collect()
     }
 
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
     pub fn names(&self) -> Vec<AdapterName> {
         self.entries
             .iter()

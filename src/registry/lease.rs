@@ -146,6 +146,19 @@ impl<L: Loader> Registry<L> {
         }
     }
 
+    /// Lets an adapter's memory go as soon as nobody uses it; the next lease loads it again. A pinned
+    /// one stays, which is what `false` says.
+    pub async fn release(&self, name: &AdapterName) -> Result<bool, RegistryError> {
+        let entry = self.get(name).await?;
+        if entry.manifest.pinned {
+            return Ok(false);
+        }
+        if let Some(generation) = entry.generation {
+            self.0.host.retire(&generation, name);
+        }
+        Ok(true)
+    }
+
     fn resident(&self, entry: &Entry) -> Option<Arc<Resident<L::Loaded>>> {
         self.0.host.get(&entry.generation?)
     }

@@ -80,7 +80,10 @@ impl Manifest {
         }
         set(&mut self.description, patch.description);
         set(&mut self.trigger_words, patch.trigger_words);
-        set(&mut self.base, patch.base);
+        if let Some(base) = patch.base {
+            self.base.family = base.family.or(self.base.family.take());
+            self.base.hash = base.hash.or(self.base.hash.take());
+        }
         set(&mut self.tags, patch.tags);
         set(&mut self.pinned, patch.pinned);
         self.method = patch.method.or(self.method.take());

@@ -68,9 +68,9 @@ pub use manifest::{Base, Manifest, ManifestPatch};
 pub use name::{AdapterName, nearest};
 pub use query::{LARGEST_PAGE, Page, Query};
 pub use registry::{Download, Registry, Settings};
-pub use store::{Pieces, Seen, Store, StoreFault};
+pub use store::{Pieces, Seen, Staged, Store, StoreFault};
 pub use tier::{NoRoom, Resident, Tier, Usage};
-pub use writing::PutPolicy;
+pub use writing::{Admission, Published, PutPolicy};
 
 /// Seconds since 1970.
 fn now() -> u64 {

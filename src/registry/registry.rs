@@ -2,6 +2,7 @@
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -108,7 +109,7 @@ impl<L: Loader> Registry<L> {
         match self.look_through().await {
             Ok(changed) => {
                 up.set(1.0);
-                metrics::gauge!("lorikeet_adapters").set(self.0.index.names().len() as f64);
+                self.count();
                 Ok(changed)
             }
             Err(fault) => {
@@ -175,6 +176,13 @@ impl<L: Loader> Registry<L> {
         query.page(self.0.index.all())
     }
 
+    /// Everything that is known, in the order of the names.
+    pub fn all(&self) -> Vec<Arc<Entry>> {
+        let mut all = self.0.index.all();
+        all.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
     /// One adapter; one that is not known yet is looked for in the store.
     pub async fn get(&self, name: &AdapterName) -> Result<Arc<Entry>, RegistryError> {
         if let Some(entry) = self.0.index.get(name) {
@@ -192,6 +200,20 @@ impl<L: Loader> Registry<L> {
     /// Files that look like adapters and are not served, and why.
     pub fn skipped(&self) -> Vec<(String, String)> {
         self.0.index.skipped()
+    }
+
+    /// What makes adapters of files.
+    pub fn loader(&self) -> &L {
+        &self.0.loader
+    }
+
+    pub fn settings(&self) -> &Settings {
+        &self.0.settings
+    }
+
+    /// The folder the adapters lie in, if they lie in one.
+    pub fn folder(&self) -> Option<&Path> {
+        self.0.store.watchable()
     }
 
     /// What host memory holds.
@@ -302,6 +324,11 @@ impl<L: Loader> Registry<L> {
         if let Some(now) = now {
             self.0.host.pin(&now, name, pinned);
         }
+        self.count();
+    }
+
+    fn count(&self) {
+        metrics::gauge!("lorikeet_adapters").set(self.0.index.len() as f64);
     }
 
     /// Changes of one name come one after another.
@@ -326,8 +353,7 @@ impl<L: Loader> Registry<L> {
         match fault {
             StoreFault::Unmet => RegistryError::Conflict(name.clone()),
             StoreFault::TooLarge { limit } => RegistryError::TooLarge {
-                name: name.clone(),
-                what: "a file",
+                what: format!("a file of adapter `{name}`"),
                 limit,
             },
             StoreFault::Full(reason) => RegistryError::StoreFull { reason },

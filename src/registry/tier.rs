@@ -76,11 +76,14 @@ impl<T> Tier<T> {
             used: 0,
             now: 0,
         };
-        Self {
+        let tier = Self {
             label,
             budget,
             state: Mutex::new(state),
-        }
+        };
+        // So that the figures are there before the first adapter is.
+        tier.account(&tier.lock(), 0);
+        tier
     }
 
     pub fn label(&self) -> &'static str {

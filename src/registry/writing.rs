@@ -36,36 +36,93 @@ fn marks(entry: Option<&Arc<Entry>>) -> Option<(&str, Option<&str>)> {
     entry.map(|e| (e.weights.tag.as_str(), e.manifest_tag.as_deref()))
 }
 
+/// What an upload may count on: what was under its name when it was admitted.
+#[derive(Debug)]
+pub struct Admission {
+    name: AdapterName,
+    policy: PutPolicy,
+    before: Option<Arc<Entry>>,
+}
+
+/// An upload that is there now.
+#[derive(Debug, Clone)]
+pub struct Published<T> {
+    pub entry: Arc<Entry>,
+    /// Whether there was an adapter of the name before.
+    pub replaced: bool,
+    /// What the check found.
+    pub found: T,
+}
+
 impl<L: Loader> Registry<L> {
-    /// Takes an upload in. `check` looks at the whole file on a blocking thread before anyone can
-    /// see it, and writes what it learns of it into the manifest; `patch` has the last word there.
-    /// A replaced adapter keeps the rest of its manifest, and its preview.
-    pub async fn put<E: fmt::Display>(
+    /// Takes an upload in: [`admit`](Self::admit), [`receive`](Self::receive) and
+    /// [`publish`](Self::publish) in one.
+    pub async fn put<E: fmt::Display, T: Send + 'static>(
         &self,
         name: &AdapterName,
         policy: PutPolicy,
         patch: ManifestPatch,
         body: impl Stream<Item = Result<Bytes, E>>,
-        check: impl FnOnce(&[u8], &mut Manifest) -> Result<(), LoadFault> + Send + 'static,
-    ) -> Result<Arc<Entry>, RegistryError> {
+        check: impl FnOnce(&[u8], &mut Manifest) -> Result<T, LoadFault> + Send + 'static,
+    ) -> Result<Published<T>, RegistryError> {
         // What can be refused is refused before the body is read.
-        let before = self.admit(name, policy).await?;
+        let admission = self.admit(name, policy).await?;
+        let staged = self.receive(body).await?;
+        self.publish(admission, patch, staged, check).await
+    }
+
+    /// Writes the bytes of an upload aside, where nobody sees them.
+    pub async fn receive<E: fmt::Display>(
+        &self,
+        body: impl Stream<Item = Result<Bytes, E>>,
+    ) -> Result<Staged, RegistryError> {
         let limit = self.0.settings.largest_weights;
-        let staged = spool(self.0.store.staging(), body, limit)
-            .await
-            .map_err(|fault| self.spoiled(name, fault))?;
+        let staged = spool(self.0.store.staging(), body, limit).await;
+        staged.map_err(|fault| match fault {
+            SpoolFault::Body(reason) => RegistryError::BrokenBody { reason },
+            SpoolFault::TooLarge => RegistryError::TooLarge {
+                what: "the weights".into(),
+                limit,
+            },
+            SpoolFault::Store(StoreFault::Full(reason)) => RegistryError::StoreFull { reason },
+            SpoolFault::Store(fault) => unavailable(fault),
+        })
+    }
+
+    /// Makes what was received an adapter. `check` looks at the whole file on a blocking thread
+    /// before anyone can see it, and writes what it learns of it into the manifest; `patch` has the
+    /// first word there and the last. A replaced adapter keeps the rest of its manifest, and its
+    /// preview.
+    pub async fn publish<T: Send + 'static>(
+        &self,
+        admission: Admission,
+        patch: ManifestPatch,
+        staged: Staged,
+        check: impl FnOnce(&[u8], &mut Manifest) -> Result<T, LoadFault> + Send + 'static,
+    ) -> Result<Published<T>, RegistryError> {
+        let Admission {
+            name,
+            policy,
+            before,
+        } = admission;
         let mut manifest = match &before {
             Some(entry) => entry.manifest.clone(),
             None => Manifest {
+                name: name.to_string(),
                 created: now(),
                 ..Manifest::default()
             },
         };
+        manifest.apply(patch.clone());
+        // Files in memory are bounded in number, whoever brings them there.
+        let turn = self.0.loads.acquire().await.map_err(unavailable)?;
         let checked = tokio::task::spawn_blocking(move || {
             let bytes = staged.map().map_err(unavailable)?;
             Ok((check(&bytes, &mut manifest), staged, manifest))
         });
-        let (verdict, staged, mut manifest) = match checked.await {
+        let checked = checked.await;
+        drop(turn);
+        let (verdict, staged, mut manifest) = match checked {
             Ok(checked) => checked?,
             Err(error) => {
                 tracing::error!(%name, %error, "checking an upload panicked");
@@ -75,7 +132,7 @@ impl<L: Loader> Registry<L> {
                 });
             }
         };
-        verdict.map_err(|fault| fault.of(name))?;
+        let found = verdict.map_err(|fault| fault.of(&name))?;
         manifest.apply(patch);
         manifest.name = name.to_string();
         manifest.bytes = staged.size;
@@ -83,7 +140,8 @@ impl<L: Loader> Registry<L> {
         manifest.etag = None;
 
         // In a task of its own: a client that leaves now leaves no half-done change.
-        let (registry, name) = (self.clone(), name.clone());
+        let registry = self.clone();
+        let replaced = before.is_some();
         let done = tokio::spawn(async move {
             let _alone = registry.lock(&name).await;
             let found = registry.refresh(&name).await?;
@@ -95,30 +153,38 @@ impl<L: Loader> Registry<L> {
                 .swap(&name, policy, replaced, staged, manifest)
                 .await
         });
-        done.await.map_err(unavailable)?
+        Ok(Published {
+            entry: done.await.map_err(unavailable)??,
+            replaced,
+            found,
+        })
     }
 
-    /// What is there now, if the policy allows it.
-    async fn admit(
+    /// Looks at what is under a name, and whether the policy allows an upload there.
+    pub async fn admit(
         &self,
         name: &AdapterName,
         policy: PutPolicy,
-    ) -> Result<Option<Arc<Entry>>, RegistryError> {
-        let found = {
+    ) -> Result<Admission, RegistryError> {
+        let before = {
             let _alone = self.lock(name).await;
             self.refresh(name).await?
         };
-        match (policy, &found) {
+        match (policy, &before) {
             (PutPolicy::Create, Some(_)) => return Err(RegistryError::Exists(name.clone())),
             (PutPolicy::Replace(_), None) => return Err(self.missing(name)),
             (PutPolicy::Replace(expected), Some(entry)) => self.matches(entry, expected).await?,
             _ => {}
         }
         // Its owner and what else it holds would be lost.
-        if let Some(entry) = found.as_ref().filter(|entry| entry.fault.is_some()) {
+        if let Some(entry) = before.as_ref().filter(|entry| entry.fault.is_some()) {
             entry.refusal()?;
         }
-        Ok(found)
+        Ok(Admission {
+            name: name.clone(),
+            policy,
+            before,
+        })
     }
 
     /// Compare, before swapping.
@@ -338,8 +404,8 @@ impl<L: Loader> Registry<L> {
     pub async fn put_preview(&self, name: &AdapterName, png: Vec<u8>) -> Result<(), RegistryError> {
         let limit = self.0.settings.largest_preview;
         if png.len() as u64 > limit {
-            let (name, what) = (name.clone(), "a preview");
-            return Err(RegistryError::TooLarge { name, what, limit });
+            let what = "a preview".into();
+            return Err(RegistryError::TooLarge { what, limit });
         }
         if !png.starts_with(PNG) {
             return Err(RegistryError::Refused {
@@ -363,19 +429,6 @@ impl<L: Loader> Registry<L> {
     /// What the store has now. The name's lock is held.
     async fn found(&self, name: &AdapterName) -> Result<Arc<Entry>, RegistryError> {
         self.refresh(name).await?.ok_or_else(|| self.missing(name))
-    }
-
-    fn spoiled(&self, name: &AdapterName, fault: SpoolFault) -> RegistryError {
-        let name = name.clone();
-        match fault {
-            SpoolFault::Body(reason) => RegistryError::BrokenBody { name, reason },
-            SpoolFault::TooLarge => RegistryError::TooLarge {
-                name,
-                what: "the weights",
-                limit: self.0.settings.largest_weights,
-            },
-            SpoolFault::Store(fault) => self.explain(&name, fault),
-        }
     }
 }
 

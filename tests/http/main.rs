@@ -4,6 +4,9 @@
 //! a certain state start their own. Pictures are small and have few steps wherever their content
 //! does not matter.
 
+mod adapter_files;
+mod adapters;
+mod bad_adapters;
 mod bad_input;
 mod bad_uploads;
 mod command_line;
@@ -14,3 +17,4 @@ mod metadata;
 mod operations;
 mod streaming;
 mod support;
+mod vllm;

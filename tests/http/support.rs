@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    path::Path,
     sync::{Arc, LazyLock},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -12,16 +13,18 @@ use image::{RgbImage, RgbaImage};
 use lorikeet::{
     api::{AppState, Drain, HttpSettings, serve},
     engine::{
-        DeviceChoice, Drained, EngineConfig, EngineStats, Health, Job, ModelInfo, Painter,
-        Precision, SubmitError, open,
+        AdapterLoader, DeviceChoice, Drained, EngineConfig, EngineStats, Health, Job, Mixer,
+        ModelInfo, Opened, Painter, Precision, SubmitError, Wardrobe, open,
     },
     models::ModelSource,
     pipeline::request::{ImageRequest, Limits, ModelDefaults},
+    registry::{Registry, Settings, Store},
     schedulers::SchedulerKind,
     telemetry,
 };
 use reqwest::{Client, Response, StatusCode};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::{net::TcpListener, runtime, sync::oneshot, sync::watch, time};
 
 /// Longest wait for anything that must come.
@@ -30,6 +33,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// A server on a port of its own, on a thread of its own.
 pub struct Server {
     address: String,
+    adapters: Option<TempDir>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
@@ -56,6 +60,7 @@ impl Server {
         });
         Self {
             address: address.recv_timeout(PATIENCE).unwrap(),
+            adapters: None,
             stop: Some(stop),
             thread: Some(thread),
         }
@@ -70,6 +75,11 @@ impl Server {
         let state = AppState::loading(settings, telemetry::metrics().unwrap());
         state.set_painter(painter);
         Self::start(state)
+    }
+
+    /// The folder of its adapters, if it was given one to keep.
+    pub fn adapters(&self) -> Option<&Path> {
+        self.adapters.as_ref().map(TempDir::path)
     }
 
     pub fn address(&self) -> &str {
@@ -101,22 +111,45 @@ impl Server {
     }
 }
 
-/// The server that most tests share.
+/// The server that most tests share. It has a folder for adapters, which is not watched.
 pub fn shared() -> &'static Server {
-    static SHARED: LazyLock<Server> =
-        LazyLock::new(|| Server::with(demo(EngineConfig::default(), Limits::default())));
+    static SHARED: LazyLock<Server> = LazyLock::new(|| {
+        let opened = demo_model(Limits::default());
+        let loader = opened.adapter_loader().unwrap();
+        let mixer = opened.mixer(1 << 30);
+        let folder = TempDir::new().unwrap();
+        let store = Store::folder(folder.path()).unwrap();
+        // The first test to come here is on a runtime already.
+        let open = thread::spawn(|| {
+            let runtime = runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(Registry::open(store, loader, Settings::default()))
+        });
+        let state = AppState::loading(HttpSettings::default(), telemetry::metrics().unwrap());
+        let registry = open.join().unwrap().unwrap();
+        state.set_wardrobe(Arc::new(Wardrobe::new(registry, mixer)));
+        state.set_painter(Arc::new(opened.start(EngineConfig::default()).unwrap()));
+        Server {
+            adapters: Some(folder),
+            ..Server::start(state)
+        }
+    });
     &SHARED
+}
+
+fn demo_model(limits: Limits) -> Opened {
+    let (device, precision) = (DeviceChoice::Cpu, Precision::F32);
+    open(&ModelSource::Demo, device, precision, limits).unwrap()
+}
+
+/// What reads and mixes adapters for the demo model.
+pub fn demo_parts() -> (AdapterLoader, Arc<Mixer>) {
+    let opened = demo_model(Limits::default());
+    (opened.adapter_loader().unwrap(), opened.mixer(1 << 30))
 }
 
 /// The real engine on the demo model.
 pub fn demo(config: EngineConfig, limits: Limits) -> Arc<dyn Painter> {
-    let opened = open(
-        &ModelSource::Demo,
-        DeviceChoice::Cpu,
-        Precision::F32,
-        limits,
-    );
-    Arc::new(opened.unwrap().start(config).unwrap())
+    Arc::new(demo_model(limits).start(config).unwrap())
 }
 
 /// A request that is painted at once, with `change` put over it.

@@ -141,9 +141,9 @@ type Put = Result<Arc<Entry>, RegistryError>;
 /// An upload that is checked and found good.
 async fn put(registry: &Registry<Fake>, of: &str, policy: PutPolicy, text: &str) -> Put {
     let patch = ManifestPatch::default();
-    registry
-        .put(&name(of), policy, patch, body(text), |_, _| Ok(()))
-        .await
+    let of = name(of);
+    let put = registry.put(&of, policy, patch, body(text), |_, _| Ok(()));
+    put.await.map(|published| published.entry)
 }
 
 async fn create(registry: &Registry<Fake>, of: &str, text: &str) -> Arc<Entry> {

@@ -17,7 +17,9 @@ async fn an_upload_is_seen_whole() {
             Ok(())
         };
         let upload = registry.put(&of, PutPolicy::Create, patch, body("0123456789"), check);
-        let entry = upload.await.unwrap();
+        let published = upload.await.unwrap();
+        let entry = published.entry;
+        assert!(!published.replaced);
         assert_eq!(entry.generation, Some(sha("0123456789")));
         assert_eq!(content(&registry, "a").await.unwrap(), "0123456789");
         assert_eq!(ground.staged(), 0);
@@ -60,14 +62,17 @@ async fn an_upload_that_fails_is_not_seen_at_all() {
                 .unwrap_err();
             assert!(matches!(error, RegistryError::BrokenBody { .. }), "{error}");
 
-            let bad = |_: &[u8], _: &mut Manifest| Err(LoadFault::Invalid("rank 0".into()));
+            let rank = || LoadFault::Invalid("rank 0".into());
+            let bad = move |_: &[u8], _: &mut Manifest| Err::<(), _>(rank());
             let error = registry
                 .put(&of, policy, patch(), body("01"), bad)
                 .await
                 .unwrap_err();
             assert!(error.to_string().contains("rank 0"), "{error}");
 
-            let bug = |_: &[u8], _: &mut Manifest| panic!("a bug in the parser");
+            let bug = |_: &[u8], _: &mut Manifest| -> Result<(), LoadFault> {
+                panic!("a bug in the parser")
+            };
             let error = registry
                 .put(&of, policy, patch(), body("01"), bug)
                 .await
