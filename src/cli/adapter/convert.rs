@@ -329,8 +329,8 @@ mod tests {
             };
             written.iter().map(name).collect::<Vec<_>>()
         };
-        assert_eq!(names(To::Kohya), [("fox.kohya".into(), 1)]);
-        let two = [("fox.peft".into(), 0), ("fox_emb.safetensors".into(), 1)];
+        assert_eq!(names(To::Kohya), [("fox.kohya".into(), 2)]);
+        let two = [("fox.peft".into(), 0), ("fox_emb.safetensors".into(), 2)];
         assert_eq!(names(To::Peft), two);
     }
 

@@ -364,16 +364,18 @@ mod tests {
 
     #[test]
     fn alphas_and_element_types_are_noted() {
-        let of = |name| {
+        let notes = |name| {
             let case = case(name);
-            verify(&case.subject(), &case.target()).unwrap()
+            let report = verify(&case.subject(), &case.target()).unwrap();
+            let mut notes = kinds(&report, Severity::Note);
+            // The tiny models' weights are small beside their adapters'.
+            notes.retain(|kind| *kind != Kind::Large);
+            notes
         };
-        let plain = of("peft-plain");
-        assert_eq!(kinds(&plain, Severity::Note), [Kind::NoAlpha]);
-        let kohya = of("kohya");
-        assert_eq!(kinds(&kohya, Severity::Note), [Kind::MixedTypes]);
-        assert!(kohya.dtypes.len() > 1);
-        assert!(of("peft").findings.is_empty());
+        assert_eq!(notes("peft-plain"), [Kind::NoAlpha]);
+        assert_eq!(notes("kohya"), [Kind::MixedTypes]);
+        assert_eq!(notes("peft"), []);
+        assert_eq!(notes("full"), []);
     }
 
     #[test]
