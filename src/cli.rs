@@ -111,17 +111,21 @@ mod tests {
         let mut command = Cli::command();
         command.build();
         command.clone().debug_assert();
-        for sub in command
-            .get_subcommands()
-            .filter(|sub| sub.get_name() != "help")
-        {
-            for option in sub.get_arguments() {
-                let Some(long) = option.get_long().filter(|long| *long != "help") else {
+        let mut commands = vec![&command];
+        while let Some(command) = commands.pop() {
+            let named = command.get_subcommands();
+            commands.extend(named.filter(|sub| sub.get_name() != "help"));
+            for option in command.get_arguments() {
+                let Some(long) = option
+                    .get_long()
+                    .filter(|long| !["help", "version"].contains(long))
+                else {
                     continue;
                 };
                 let name = format!("LORIKEET_{}", long.replace('-', "_").to_uppercase());
                 let variable = option.get_env().and_then(|env| env.to_str());
-                assert_eq!(variable, Some(name.as_str()), "{} --{long}", sub.get_name());
+                let command = command.get_name();
+                assert_eq!(variable, Some(name.as_str()), "{command} --{long}");
             }
         }
     }

@@ -8,7 +8,7 @@ pub(super) const BUNDLE: &str = "bundle_emb.";
 /// The key of A1111's own embedding files.
 pub(super) const A1111_KEY: &str = "string_to_param.*";
 /// What cloneofsimo's metadata says of a word.
-const CLONEOFSIMO_MARK: &str = "<embed>";
+pub(super) const CLONEOFSIMO_MARK: &str = "<embed>";
 /// Keys that hold vectors for the first or the second text encoder and name no word: kohya's and
 /// A1111's for one encoder, kohya's for two, diffusers' trainers', and cog's.
 const NAMELESS: [(&str, usize); 8] = [

@@ -26,6 +26,7 @@
 mod adapter;
 mod alphas;
 mod build;
+mod compare;
 mod delta;
 mod embeddings;
 mod error;

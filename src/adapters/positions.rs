@@ -83,6 +83,12 @@ pub(super) fn place(key: &str) -> Option<(usize, usize, Role)> {
     (number.to_string() == index).then_some((part, number, role))
 }
 
+/// Whether a text of the header is about the numbers: `unet` lists classes, `unet:7:rank` a rank.
+pub(super) fn describes(key: &str) -> bool {
+    let (part, rest) = key.split_once(':').unwrap_or((key, ""));
+    PARTS.iter().any(|p| p.name == part) && (rest.is_empty() || rest.ends_with(":rank"))
+}
+
 /// The sites behind the numbers of one part, which the file numbers from 0 to `count`.
 pub(super) fn sites<'a>(
     file: &AdapterFile,

@@ -6,6 +6,8 @@ use std::{
     sync::Arc,
 };
 
+use bytes::Bytes;
+
 use super::{
     Adapter, AdapterError, Delta, Dialect, Family, SiteTable,
     alphas::{Alpha, Alphas},
@@ -52,11 +54,11 @@ impl Adapter {
     /// As [`Adapter::open`].
     pub fn parse(
         label: &str,
-        bytes: Vec<u8>,
+        bytes: impl Into<Bytes>,
         table: &SiteTable,
         options: &ReadOptions,
     ) -> Result<Self, AdapterError> {
-        read(Blob::owned(label.into(), bytes), table, options)
+        read(Blob::owned(label.into(), bytes.into()), table, options)
     }
 }
 

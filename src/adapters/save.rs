@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::{
     Adapter, AdapterError, Axis, Block, Change, Delta, Factors, LowRank,
     alphas::METADATA_KEY,
-    embeddings,
+    embeddings, positions,
     table::{TEXT_MODEL, kohya_name},
 };
 
@@ -43,8 +43,7 @@ impl Adapter {
         extra: &BTreeMap<String, String>,
     ) -> Result<Vec<u8>, AdapterError> {
         let mut metadata = self.metadata.clone();
-        // What the file said about its own form does not hold for the new one.
-        metadata.retain(|key, _| key != METADATA_KEY && key != "sshs_model_hash");
+        metadata.retain(|key, text| !of_form(key, text));
         let mut tensors = Tensors::new();
         match format {
             Format::Peft => {
@@ -158,6 +157,15 @@ impl Adapter {
             ("ss_network_alpha".into(), rank),
         ])
     }
+}
+
+/// Whether a text is about the form of the file it stands in: it does not hold for another.
+fn of_form(key: &str, text: &str) -> bool {
+    matches!(
+        key,
+        METADATA_KEY | "sshs_model_hash" | "sshs_legacy_hash" | "modelspec.hash_sha256"
+    ) || positions::describes(key)
+        || text == embeddings::CLONEOFSIMO_MARK
 }
 
 /// `lora_A` and `lora_B`, the scale and a Tucker core multiplied in.

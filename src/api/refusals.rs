@@ -74,7 +74,21 @@ pub(super) fn is_secret(error: &RegistryError) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::ApiError;
+    use crate::{api::ApiError, registry::AdapterName};
+
+    #[test]
+    fn another_familys_adapter_is_a_conflict_that_names_both() {
+        let error = ApiError::from(RegistryError::WrongBase {
+            name: AdapterName::new("fox").unwrap(),
+            made_for: "Stable Diffusion XL".into(),
+            served: "`sd15`, which is Stable Diffusion 1.x".into(),
+        });
+        assert_eq!(error.row().status, StatusCode::CONFLICT);
+        assert_eq!(error.row().code, "wrong_base_model");
+        for name in ["fox", "Stable Diffusion XL", "sd15"] {
+            assert!(error.client_message().contains(name), "{name}");
+        }
+    }
 
     #[test]
     fn a_stores_trouble_is_told_without_its_whereabouts() {

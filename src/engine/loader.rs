@@ -38,10 +38,11 @@ impl AdapterLoader {
     ///
     /// # Errors
     /// A file that is not an adapter for this model, as the client is to be told.
-    pub fn read(&self, bytes: Vec<u8>, manifest: &Manifest) -> Result<Adapter, LoadFault> {
+    pub fn read(&self, bytes: Bytes, manifest: &Manifest) -> Result<Adapter, LoadFault> {
         let label = format!("{}.safetensors", manifest.name);
-        let read =
-            |bytes, tokens| Adapter::parse(&label, bytes, &self.table, &ReadOptions { tokens });
+        let read = |bytes: Bytes, tokens| {
+            Adapter::parse(&label, bytes, &self.table, &ReadOptions { tokens })
+        };
         let name = vec![manifest.name.clone()];
         let adapter = match &manifest.trigger_words[..] {
             [] => read(bytes, name),
@@ -66,8 +67,7 @@ impl Loader for AdapterLoader {
     type Loaded = Adapter;
 
     fn load(&self, bytes: Bytes, manifest: &Manifest) -> Result<(Adapter, u64), LoadFault> {
-        // Takes the buffer over where nobody else holds it.
-        let adapter = self.read(bytes.into(), manifest)?;
+        let adapter = self.read(bytes, manifest)?;
         let size = adapter.bytes() as u64;
         Ok((adapter, size))
     }

@@ -41,7 +41,7 @@ pub(crate) struct Blob {
 #[derive(Debug)]
 enum Bytes {
     Static(&'static [u8]),
-    Owned(Vec<u8>),
+    Owned(bytes::Bytes),
     File(Mutex<File>),
 }
 
@@ -145,8 +145,8 @@ impl Blob {
         })
     }
 
-    /// A file that is in memory already.
-    pub fn owned(label: String, bytes: Vec<u8>) -> Self {
+    /// A file that is in memory already, or mapped there.
+    pub fn owned(label: String, bytes: bytes::Bytes) -> Self {
         Self {
             label,
             len: bytes.len() as u64,

@@ -97,6 +97,10 @@ impl<L: Loader> Registry<L> {
             loader,
             settings,
         }));
+        // So that the figures are there before the first lease is.
+        let tier = registry.0.host.label();
+        metrics::counter!("lorikeet_adapter_hits_total", "tier" => tier).increment(0);
+        metrics::counter!("lorikeet_adapter_misses_total", "tier" => tier).increment(0);
         registry.rescan().await?;
         Ok(registry)
     }

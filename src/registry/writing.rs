@@ -63,7 +63,7 @@ impl<L: Loader> Registry<L> {
         policy: PutPolicy,
         patch: ManifestPatch,
         body: impl Stream<Item = Result<Bytes, E>>,
-        check: impl FnOnce(&[u8], &mut Manifest) -> Result<T, LoadFault> + Send + 'static,
+        check: impl FnOnce(Bytes, &mut Manifest) -> Result<T, LoadFault> + Send + 'static,
     ) -> Result<Published<T>, RegistryError> {
         // What can be refused is refused before the body is read.
         let admission = self.admit(name, policy).await?;
@@ -98,7 +98,7 @@ impl<L: Loader> Registry<L> {
         admission: Admission,
         patch: ManifestPatch,
         staged: Staged,
-        check: impl FnOnce(&[u8], &mut Manifest) -> Result<T, LoadFault> + Send + 'static,
+        check: impl FnOnce(Bytes, &mut Manifest) -> Result<T, LoadFault> + Send + 'static,
     ) -> Result<Published<T>, RegistryError> {
         let Admission {
             name,
@@ -118,7 +118,7 @@ impl<L: Loader> Registry<L> {
         let turn = self.0.loads.acquire().await.map_err(unavailable)?;
         let checked = tokio::task::spawn_blocking(move || {
             let bytes = staged.map().map_err(unavailable)?;
-            Ok((check(&bytes, &mut manifest), staged, manifest))
+            Ok((check(bytes, &mut manifest), staged, manifest))
         });
         let checked = checked.await;
         drop(turn);

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokio::time;
 
 use crate::{
-    adapter_files::{Place, SITE, create, lora, pack, pair, put, upload},
+    adapter_files::{Place, create, lora, pack, pair, put, upload},
     support::{Server, ok, png, refusal, until},
 };
 
@@ -426,7 +426,7 @@ async fn adapters_are_models_too() {
 }
 
 #[tokio::test]
-async fn figures_of_the_registry_are_there_before_the_first_load() {
+async fn the_registrys_figures_are_among_the_metrics() {
     let place = Place::new().await;
     create(&place.server, "fox", lora(1.0))
         .send()
@@ -438,20 +438,20 @@ async fn figures_of_the_registry_are_there_before_the_first_load() {
         "lorikeet_adapters ",
         "lorikeet_adapter_store_up 1",
         "lorikeet_adapter_resident_bytes{tier=\"host\"} ",
-        "lorikeet_adapter_evictions_total{tier=\"host\"} 0",
+        "lorikeet_adapter_evictions_total{tier=\"host\"} ",
         "lorikeet_adapter_hits_total{tier=\"host\"} ",
         "lorikeet_adapter_misses_total{tier=\"host\"} ",
         "lorikeet_adapter_load_seconds_count{tier=\"store\"} ",
         "lorikeet_adapter_load_seconds_count{tier=\"host\"} ",
     ] {
-        assert!(text.contains(&format!("\n{line}")), "{text} lacks {line}");
+        assert!(text.contains(&format!("\n{line}")), "there is no {line}");
     }
 }
 
 #[tokio::test]
 async fn a_slow_upload_may_take_longer_than_a_bodys_time_as_long_as_it_moves() {
     let http = lorikeet::api::HttpSettings {
-        body_timeout: Duration::from_millis(400),
+        body_timeout: Duration::from_millis(600),
         ..Default::default()
     };
     let place = Place::with(Default::default(), http).await;
@@ -468,8 +468,8 @@ async fn a_slow_upload_may_take_longer_than_a_bodys_time_as_long_as_it_moves() {
             .body(reqwest::Body::wrap_stream(pieces));
         request.send()
     };
-    assert_eq!(dripping(130).await.unwrap().status(), 201, "{SITE}");
-    let (status, error) = refusal(dripping(1000).await.unwrap()).await;
+    assert_eq!(dripping(200).await.unwrap().status(), 201);
+    let (status, error) = refusal(dripping(1500).await.unwrap()).await;
     assert_eq!(
         (status.as_u16(), &error["code"]),
         (408, &json!("body_timeout"))

@@ -169,6 +169,18 @@ fn a_bad_option_ends_it_with_2_and_one_line_that_names_the_option() {
         ),
         (&["serve", "--log", "==="], &["--log"]),
         (
+            &["serve", "--adapters", "nowhere"],
+            &["--adapters", "no folder nowhere", "make it"],
+        ),
+        (
+            &["serve", "--adapters", "gs://bucket"],
+            &["--adapters", "s3://BUCKET/PREFIX"],
+        ),
+        (
+            &["serve", "--adapter-rescan", "0"],
+            &["--adapter-rescan", "at least 0.1"],
+        ),
+        (
             &["healthcheck", "--url", "https://x/"],
             &["--url", "http://"],
         ),

@@ -1,6 +1,7 @@
 //! Full queues, clients that leave, failures, and the way a server ends.
 
 use std::{
+    fs,
     io::{BufRead as _, BufReader},
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, mpsc},
@@ -16,12 +17,16 @@ use lorikeet::{
 };
 use reqwest::Client;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::{
     sync::{oneshot, watch},
     time,
 };
 
-use crate::support::{PATIENCE, Server, StandIn, demo, file, ok, pixels, quick, refusal, until};
+use crate::{
+    adapter_files::lora,
+    support::{PATIENCE, Server, StandIn, demo, file, ok, pixels, quick, refusal, until},
+};
 
 /// An engine that paints one picture at a time while one more waits, and steps without end.
 fn narrow() -> Arc<dyn Painter> {
@@ -291,6 +296,39 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+#[tokio::test]
+async fn the_process_serves_the_adapters_of_its_folder() {
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("fox.safetensors"), lora(1.0)).unwrap();
+    let path = folder.path().to_str().unwrap();
+    let options = [
+        "--adapters",
+        path,
+        "--max-adapter-size",
+        "1",
+        "--allow-lora-loading",
+    ];
+    let process = Process::serve(&options);
+    let client = Client::new();
+    let get = async |path: &str| client.get(format!("{}{path}", process.url)).send().await;
+    let list = ok(get("/v1/adapters").await.unwrap()).await;
+    assert_eq!(list["data"][0]["name"], "fox");
+    let load = client
+        .post(format!("{}/v1/load_lora_adapter", process.url))
+        .json(&json!({"lora_name": "fox", "lora_path": format!("{path}/fox.safetensors")}));
+    assert_eq!(load.send().await.unwrap().status(), 200);
+    let large = client
+        .put(format!("{}/v1/adapters/large/file", process.url))
+        .body(vec![0; (1 << 20) + 1]);
+    assert_eq!(large.send().await.unwrap().status(), 413);
+    // The keeper is at work.
+    fs::write(folder.path().join("hen.safetensors"), lora(2.0)).unwrap();
+    until("the new file is listed", async || {
+        ok(get("/v1/adapters").await.unwrap()).await["total"] == 2
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -1,13 +1,16 @@
 //! Reading an upload for the served model before anyone can see it.
 
+use bytes::Bytes;
+
 use super::answer::Found;
 use crate::{
     engine::AdapterLoader,
     registry::{LoadFault, Manifest},
 };
 
-/// Unmatched keys listed in an answer; the rest is counted.
-const MOST_UNMATCHED: usize = 100;
+/// Keys and words listed in an answer, and the characters of one.
+const MOST_LISTED: usize = 100;
+const LONGEST_LISTED: usize = 256;
 /// Trigger words taken out of a file, and the characters of one.
 const MOST_WORDS: usize = 64;
 const LONGEST_WORD: usize = 128;
@@ -15,16 +18,11 @@ const LONGEST_WORD: usize = 128;
 /// Reads a file, and fills in what the manifest does not say yet.
 pub(super) fn check(
     loader: &AdapterLoader,
-    bytes: &[u8],
+    bytes: Bytes,
     manifest: &mut Manifest,
 ) -> Result<Found, LoadFault> {
-    let adapter = loader.read(bytes.to_vec(), manifest)?;
+    let adapter = loader.read(bytes, manifest)?;
     let summary = adapter.summary();
-    let words: Vec<String> = adapter
-        .embeddings
-        .iter()
-        .map(|word| word.token.clone())
-        .collect();
     if manifest.trigger_words.is_empty() {
         let mut words = adapter.trigger_words();
         words.retain(|word| word.chars().count() <= LONGEST_WORD);
@@ -37,15 +35,18 @@ pub(super) fn check(
     }
     let method = || summary.method.to_owned();
     manifest.method.get_or_insert_with(method);
-    let mut unmatched = adapter.unmatched;
-    let unmatched_total = unmatched.len();
-    unmatched.truncate(MOST_UNMATCHED);
     Ok(Found {
         dialect: adapter.dialect.to_string(),
         sites: summary.sites,
         ranks: summary.ranks.into_iter().collect(),
-        words,
-        unmatched,
-        unmatched_total,
+        words: listed(adapter.embeddings.iter().map(|word| &*word.token)),
+        unmatched: listed(adapter.unmatched.iter().map(String::as_str)),
+        unmatched_total: adapter.unmatched.len(),
     })
+}
+
+/// The first of a stranger's texts, and of each its beginning.
+fn listed<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let shortened = texts.map(|text| text.chars().take(LONGEST_LISTED).collect());
+    shortened.take(MOST_LISTED).collect()
 }

@@ -123,7 +123,7 @@ async fn create(
         None => registry.admit(&name, PutPolicy::Create).await?,
     };
     let loader = registry.loader().clone();
-    let check = move |bytes: &[u8], manifest: &mut _| check(&loader, bytes, manifest);
+    let check = move |bytes, manifest: &mut _| check(&loader, bytes, manifest);
     let published = registry.publish(admission, patch, file, check).await?;
     let mut warnings = ignored(&sent.fields);
     let mut entry = published.entry;

@@ -104,7 +104,7 @@ pub(super) async fn put_file(
         }
         let loader = registry.loader().clone();
         let file = incoming.onto_disk(incoming.pieces());
-        let check = move |bytes: &[u8], manifest: &mut _| check(&loader, bytes, manifest);
+        let check = move |bytes, manifest: &mut _| check(&loader, bytes, manifest);
         let patch = ManifestPatch::default();
         Ok(registry.put(&name, policy, patch, file, check).await?)
     };

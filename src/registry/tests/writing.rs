@@ -11,8 +11,8 @@ async fn an_upload_is_seen_whole() {
             tags: Some(vec!["style".into()]),
             ..ManifestPatch::default()
         };
-        let check = |bytes: &[u8], manifest: &mut Manifest| {
-            assert_eq!(bytes, b"0123456789");
+        let check = |bytes: Bytes, manifest: &mut Manifest| {
+            assert_eq!(bytes, "0123456789");
             manifest.base.family = Some("sd1".into());
             Ok(())
         };
@@ -46,7 +46,7 @@ async fn an_upload_that_fails_is_not_seen_at_all() {
         create(&registry, "kept", "kept").await;
         for (of, policy) in [("new", PutPolicy::Create), ("kept", PutPolicy::Upsert)] {
             let (of, patch) = (name(of), ManifestPatch::default);
-            let good = |_: &[u8], _: &mut Manifest| Ok(());
+            let good = |_: Bytes, _: &mut Manifest| Ok(());
 
             let long = registry.put(&of, policy, patch(), body("01234567890"), good);
             let error = long.await.unwrap_err();
@@ -63,14 +63,14 @@ async fn an_upload_that_fails_is_not_seen_at_all() {
             assert!(matches!(error, RegistryError::BrokenBody { .. }), "{error}");
 
             let rank = || LoadFault::Invalid("rank 0".into());
-            let bad = move |_: &[u8], _: &mut Manifest| Err::<(), _>(rank());
+            let bad = move |_: Bytes, _: &mut Manifest| Err::<(), _>(rank());
             let error = registry
                 .put(&of, policy, patch(), body("01"), bad)
                 .await
                 .unwrap_err();
             assert!(error.to_string().contains("rank 0"), "{error}");
 
-            let bug = |_: &[u8], _: &mut Manifest| -> Result<(), LoadFault> {
+            let bug = |_: Bytes, _: &mut Manifest| -> Result<(), LoadFault> {
                 panic!("a bug in the parser")
             };
             let error = registry
