@@ -52,7 +52,8 @@ pub enum AdapterError {
     Family {
         file: String,
         found: Family,
-        expected: Family,
+        /// The model's, or that it has none of those that are known.
+        expected: String,
     },
     #[error(
         "{file}: none of its {count} keys (such as {sample}) belongs to this model: is it an adapter, and for this model family?"

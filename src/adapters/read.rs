@@ -65,9 +65,13 @@ impl Adapter {
 fn read(blob: Blob, table: &SiteTable, options: &ReadOptions) -> Result<Adapter, AdapterError> {
     let file = AdapterFile::open(blob)?;
     let family = Family::of_file(&file.header.entries);
-    if let (Some(found), Some(expected)) = (family, table.family())
-        && found != expected
+    if let Some(found) = family
+        && table.family() != Some(found)
     {
+        let expected = match table.family() {
+            Some(family) => family.to_string(),
+            None => "of none of these families".into(),
+        };
         return Err(AdapterError::Family {
             file: file.label(),
             found,

@@ -15,6 +15,7 @@ mod generations;
 mod lifecycle;
 mod metadata;
 mod operations;
+mod painting;
 mod streaming;
 mod support;
 mod vllm;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::support::{file, ok, quick, shared};
 
 /// A PNG's text chunks: keyword, text, and whether it is an iTXt chunk.
-fn texts(png: &[u8]) -> Vec<(String, String, bool)> {
+pub fn texts(png: &[u8]) -> Vec<(String, String, bool)> {
     let mut reader = png::Decoder::new(std::io::Cursor::new(png))
         .read_info()
         .unwrap();
