@@ -215,7 +215,9 @@ async fn every_field_refuses_a_value_of_another_kind_by_its_name() {
             let response = shared().generate(&quick(json!({field: value}))).await;
             let (status, error) = refusal(response).await;
             assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY, "{field}: {error}");
-            assert_eq!(error["param"], *field, "{error}");
+            // Of a list, the element at fault.
+            let param = error["param"].as_str().unwrap();
+            assert_eq!(param.split('[').next().unwrap(), field, "{error}");
         }
     }
 }

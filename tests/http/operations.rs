@@ -86,7 +86,7 @@ async fn metrics_are_prometheus_text_and_count_what_happened() {
         let kind = response.headers()["content-type"].to_str().unwrap();
         assert!(kind.starts_with("text/plain; version=0.0.4"), "{kind}");
         let text = response.text().await.unwrap();
-        let line = Regex::new(r"^([a-z_]+(?:\{.*\})?) ([0-9.e+-]+|\+Inf|NaN)$").unwrap();
+        let line = Regex::new(r"^([a-z_:]+(?:\{.*\})?) ([0-9.e+-]+|\+Inf|NaN)$").unwrap();
         let lines = text
             .lines()
             .filter(|line| !line.is_empty() && !line.starts_with('#'));
