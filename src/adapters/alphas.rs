@@ -14,7 +14,10 @@ use super::{AdapterError, file::check_number, table::TEXT_MODEL};
 pub(super) const METADATA_KEY: &str = "lora_adapter_metadata";
 /// PEFT writes at most one pattern for each module.
 const MAX_PATTERNS: usize = 1 << 13;
-/// Bytes of one compiled pattern: a module's name needs a hundredth.
+/// Of them, those that are more than a name.
+const MAX_REGEXES: usize = 256;
+/// Bytes of one compiled pattern, and of what it keeps while it is matched: a module's name needs a
+/// hundredth.
 const MAX_REGEX: usize = 1 << 16;
 
 /// How the sites of each part are scaled.
@@ -37,6 +40,8 @@ struct PartAlphas {
 enum Pattern {
     /// Nothing special in it but dots, as nearly all are.
     Plain(String),
+    /// The same behind a `^`: the whole name.
+    Whole(String),
     Regex(Regex),
 }
 
@@ -90,10 +95,12 @@ impl Alphas {
 }
 
 impl Alpha {
-    /// The factor of a product of this rank. No alpha, or zero, is the rank itself.
+    /// The factor of a product of this rank. No alpha, or zero, is the rank itself; what f32 holds
+    /// only in part, or as zero, is zero.
     pub fn scale(self, rank: usize) -> f64 {
         let rank = rank as f64;
-        let alpha = self.alpha.filter(|alpha| *alpha != 0.0).unwrap_or(rank);
+        let there = |alpha: &f64| alpha.abs() >= f32::MIN_POSITIVE.into();
+        let alpha = self.alpha.filter(there).unwrap_or(rank);
         alpha / if self.root { rank.sqrt() } else { rank }
     }
 }
@@ -134,6 +141,14 @@ impl PartAlphas {
                 ));
             }
         };
+        let regexes = |(pattern, _): &&(Pattern, f64)| matches!(pattern, Pattern::Regex(_));
+        let found = patterns.iter().filter(regexes).count();
+        if found > MAX_REGEXES {
+            return Err(format!(
+                "`{part}.alpha_pattern` has {found} patterns that are not names; at most \
+                 {MAX_REGEXES} are read"
+            ));
+        }
         Ok(Self {
             alpha,
             patterns,
@@ -145,12 +160,18 @@ impl PartAlphas {
 impl Pattern {
     fn new(text: &str) -> Result<Self, String> {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.');
-        if text.chars().all(plain) {
-            return Ok(Self::Plain(text.into()));
+        let whole = text.strip_prefix('^');
+        let name = whole.unwrap_or(text).replace(r"\.", ".");
+        if name.chars().all(plain) {
+            return Ok(match whole {
+                Some(_) => Self::Whole(name),
+                None => Self::Plain(name),
+            });
         }
         // PEFT's `re.match(rf"(.*\.)?({key})$", name)`, in linear time.
         RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{text})$"))
             .size_limit(MAX_REGEX)
+            .dfa_size_limit(MAX_REGEX)
             .build()
             .map(Self::Regex)
             .map_err(|error| format!("the pattern `{text}` is not usable: {error}"))
@@ -161,6 +182,7 @@ impl Pattern {
             Self::Plain(text) => path
                 .strip_suffix(text.as_str())
                 .is_some_and(|before| before.is_empty() || before.ends_with('.')),
+            Self::Whole(text) => path == text,
             Self::Regex(regex) => regex.is_match(path),
         }
     }

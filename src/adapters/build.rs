@@ -146,11 +146,23 @@ impl<'a> Taking<'a> {
             });
         }
         let of_up = self.rank(Role::Up, 1)?;
+        let down = self.required(Role::Down, &[rank, sides.input])?;
+        let up = self.required(Role::Up, &[sides.out, of_up])?;
+        let mid = self.required(Role::Mid, &sides.core(of_up, rank))?;
+        let scale = alpha.scale(rank);
+        // The core of a linear map is one more factor; left alone it would be written as a kernel.
+        let (down, mid) = match sides.kernel.is_empty() {
+            true => {
+                let product = mid.flatten_from(1).and_then(|mid| mid.matmul(&down));
+                (product.map_err(|source| self.tensor_error(source))?, None)
+            }
+            false => (down, Some(mid)),
+        };
         Ok(LowRank {
-            down: self.required(Role::Down, &[rank, sides.input])?,
-            up: self.required(Role::Up, &[sides.out, of_up])?,
-            mid: Some(self.required(Role::Mid, &sides.core(of_up, rank))?),
-            scale: alpha.scale(rank),
+            down,
+            up,
+            mid,
+            scale,
         })
     }
 

@@ -48,7 +48,7 @@ pub struct LowRank {
     pub down: Tensor,
     /// `[out, rank]`.
     pub up: Tensor,
-    /// `[rank of up, rank of down, kh, kw]`.
+    /// `[rank of up, rank of down, kh, kw]`, at a convolution.
     pub mid: Option<Tensor>,
     /// `alpha / rank`.
     pub scale: f64,

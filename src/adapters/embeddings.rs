@@ -1,6 +1,6 @@
 //! Words for the text encoder: textual inversion, alone or bundled with deltas.
 
-use super::{AdapterError, TokenEmbedding, file::AdapterFile, roles, table::SiteTable};
+use super::{AdapterError, TokenEmbedding, file::AdapterFile, positions, roles, table::SiteTable};
 use crate::models::header::Entry;
 
 /// A1111's prefix of embeddings inside a LoRA: `bundle_emb.TOKEN.KEY`.
@@ -69,6 +69,17 @@ pub(super) fn may_be_word(key: &str, entry: &Entry, table: &SiteTable) -> bool {
         && width.is_some()
         && width == table.token_width(0)
         && check_token(key).is_ok()
+}
+
+/// Whether a word is nothing but a word where it is a key: a file of words alone names them so.
+pub(super) fn stands_alone(word: &str) -> bool {
+    let nameless = NAMELESS.iter().any(|(nameless, _)| *nameless == word);
+    // The first is how a header calls its texts.
+    !(word == "__metadata__"
+        || nameless
+        || word.starts_with(BUNDLE)
+        || roles::is_adapters(word)
+        || positions::place(word).is_some())
 }
 
 /// Reads words and their vectors; `tokens` are the names of those that have none in the file.

@@ -102,6 +102,8 @@ pub enum AdapterError {
         format: &'static str,
         instead: &'static str,
     },
+    #[error("`{key}` would hold {value:e}; nothing above {limit:e} is read")]
+    Value { key: String, value: f32, limit: f32 },
     #[error("`{site}`: {source}")]
     Tensor {
         site: String,

@@ -93,6 +93,15 @@ fn what_is_not_safetensors() {
 }
 
 #[test]
+fn a_header_as_long_as_a_pickles_first_bytes_is_none() {
+    let filled = |n: usize| pack(&pair(3), &[("note", &"x".repeat(n))]);
+    // 0x280: the bytes 80 02, with which pickles begin.
+    let bytes = filled(0x280 - (filled(0).len() - 8 - 2 * 3 * 12 * 4));
+    assert_eq!(bytes[..3], [0x80, 2, 0]);
+    assert_eq!(parse(bytes).unwrap().deltas.len(), 1);
+}
+
+#[test]
 fn values_out_of_bounds() {
     for (value, says) in [
         (f32::NAN, "NaN"),

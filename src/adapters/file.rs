@@ -14,7 +14,7 @@ const MAX_BYTES: u64 = 4 << 30;
 /// A full LyCORIS file of SDXL has about 10,000.
 const MAX_TENSORS: u64 = 1 << 16;
 /// Products of so large numbers, six of which a Tucker LoHa multiplies, are still finite in f32.
-const MAX_VALUE: f32 = 1e6;
+pub(super) const MAX_VALUE: f32 = 1e6;
 
 /// A file whose header was checked.
 #[derive(Debug)]
@@ -121,9 +121,11 @@ pub(super) fn check_number(number: f64) -> Result<f64, String> {
 
 /// What a file is whose first bytes are those of something else that people upload.
 fn foreign(blob: &Blob) -> Result<Option<&'static str>, AdapterError> {
-    let start = blob.read_at(0, blob.len.min(4) as usize)?;
+    let start = blob.read_at(0, blob.len.min(9) as usize)?;
     Ok(match *start {
-        [b'P', b'K', 3, 4] | [b'P', b'K', 5, 6] => {
+        // A header's length may have any bytes; what follows it then is the header.
+        [_, _, _, _, _, _, _, _, b'{'] => None,
+        [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => {
             Some("a zip archive (a PyTorch pickle: .pt, .bin, .ckpt)")
         }
         // The opcode PROTO and a version.

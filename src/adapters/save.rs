@@ -12,7 +12,9 @@ use sha2::{Digest, Sha256};
 use super::{
     Adapter, AdapterError, Axis, Block, Change, Delta, Factors, LowRank,
     alphas::METADATA_KEY,
-    embeddings, positions,
+    embeddings,
+    file::{MAX_VALUE, check_number},
+    positions,
     table::{TEXT_MODEL, kohya_name},
 };
 
@@ -57,6 +59,14 @@ impl Adapter {
             }
             Format::Embeddings => {
                 for word in &self.embeddings {
+                    if !embeddings::stands_alone(&word.token) {
+                        return Err(AdapterError::Unwritable {
+                            site: word.token.clone(),
+                            what: "a word that reads as the key of something else",
+                            format: "a file of words alone",
+                            instead: "kohya",
+                        });
+                    }
                     tensors.insert(word.token.clone(), word.vectors.clone());
                 }
             }
@@ -323,6 +333,14 @@ fn data(tensors: &Tensors) -> Result<Vec<u8>, AdapterError> {
                 site: name.clone(),
                 source,
             })?;
+        // What would not be read is not written: scales folded into factors can make it so.
+        if let Some(value) = values.iter().find(|v| check_number((**v).into()).is_err()) {
+            return Err(AdapterError::Value {
+                key: name.clone(),
+                value: *value,
+                limit: MAX_VALUE,
+            });
+        }
         data.extend(values.into_iter().flat_map(f32::to_le_bytes));
     }
     Ok(data)

@@ -141,7 +141,7 @@ class Painter:
         for pipe in (self.text, self.image, self.inpaint):
             pipe.set_progress_bar_config(disable=True)
 
-    def paint(self, c):
+    def paint(self, c, **more):
         """The case's pictures, and on the way: the noise-free latents they were decoded from, and the embeddings."""
         pipe, extra = self.text, dict(width=c["width"], height=c["height"])
         if c["input"]:
@@ -165,7 +165,7 @@ class Painter:
         images = pipe(c["prompt"], negative_prompt=c["negative_prompt"], num_inference_steps=c["steps"],
                       guidance_scale=c["guidance_scale"], num_images_per_prompt=c["n"], clip_skip=c["clip_skip"] or None,
                       generator=[torch.Generator("cpu").manual_seed(c["seed"] + i) for i in range(c["n"])],
-                      callback_on_step_end=look, **extra).images
+                      callback_on_step_end=look, **extra, **more).images
         positive, negative = pipe.encode_prompt(c["prompt"], "cpu", 1, c["guidance_scale"] > 1, c["negative_prompt"],
                                                 clip_skip=c["clip_skip"] or None)
         tensors["prompt_embeds"] = positive
