@@ -1,17 +1,26 @@
-//! Whole pictures against diffusers: `tests/golden/pictures`, made by
-//! `tests/reference/pictures.py`.
+//! Whole pictures against diffusers: `tests/golden/pictures`, made by `tests/reference/pictures.py`, and
+//! those with adapters, `tests/golden/adapter-pictures`, by `adapter_pictures.py`.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use candle_core::{DType, Device};
 use image::{GrayImage, RgbImage};
 use serde::Deserialize;
 
 use super::{
-    Pipeline,
+    Mixture, Pipeline,
     request::{ImageRequest, InitImage},
 };
-use crate::models::{Model, ModelSource};
+use crate::{
+    adapters::{Adapter, ReadOptions, SiteTable},
+    engine::{Mixer, Portion},
+    models::{Model, ModelSource, Modules},
+    registry::{Generation, Resident},
+};
 
 #[derive(Deserialize)]
 struct Index {
@@ -35,22 +44,36 @@ struct Case {
     strength: Option<f64>,
     input: Option<String>,
     mask: Option<String>,
+    #[serde(default)]
+    adapters: Vec<Used>,
 }
 
-fn folder() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/pictures")
+/// An adapter of a case.
+#[derive(Deserialize)]
+struct Used {
+    /// From the project's folder.
+    file: String,
+    unet: f64,
+    text_encoder: f64,
+    /// Of vectors whose file names none.
+    word: Option<String>,
 }
 
-fn rgb(file: &str) -> RgbImage {
-    image::open(folder().join(file)).unwrap().into_rgb8()
+fn project() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn gray(file: &str) -> GrayImage {
-    image::open(folder().join(file)).unwrap().into_luma8()
+fn rgb(file: &Path) -> RgbImage {
+    image::open(file).unwrap().into_rgb8()
+}
+
+fn gray(file: &Path) -> GrayImage {
+    image::open(file).unwrap().into_luma8()
 }
 
 impl Case {
-    fn request(&self) -> ImageRequest {
+    /// `folder` has the pictures to start from.
+    fn request(&self, folder: &Path, modules: &Arc<Modules>) -> ImageRequest {
         ImageRequest {
             prompt: self.prompt.clone(),
             negative_prompt: self.negative_prompt.clone(),
@@ -63,14 +86,37 @@ impl Case {
             scheduler: self.scheduler.parse().unwrap(),
             clip_skip: self.clip_skip,
             init: self.input.as_deref().map(|input| InitImage {
-                image: rgb(input),
-                mask: self.mask.as_deref().map(gray),
+                image: rgb(&folder.join(input)),
+                mask: self.mask.as_deref().map(|mask| gray(&folder.join(mask))),
                 strength: self.strength.unwrap(),
             }),
             previews: 0,
             adapters: Vec::new(),
-            mixture: None,
+            mixture: (!self.adapters.is_empty()).then(|| self.mixture(modules)),
         }
+    }
+
+    fn mixture(&self, modules: &Arc<Modules>) -> Arc<Resident<Mixture>> {
+        let table = SiteTable::new(modules.sites()).unwrap();
+        let portion = |used: &Used| {
+            let path = project().join(&used.file);
+            let options = ReadOptions {
+                tokens: used.word.iter().cloned().collect(),
+            };
+            let adapter = Adapter::open(&path, &table, &options).unwrap();
+            assert_eq!(adapter.unmatched, [""; 0], "{}", used.file);
+            Portion {
+                name: used.file.clone(),
+                generation: Generation::of(used.file.as_bytes()),
+                adapter: Arc::new(adapter),
+                unet: used.unet,
+                text: used.text_encoder,
+            }
+        };
+        let portions = self.adapters.iter().map(portion).collect();
+        let mixer = Arc::new(Mixer::new(modules.clone(), u64::MAX));
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(mixer.mix(portions)).unwrap()
     }
 }
 
@@ -104,19 +150,22 @@ fn compare(ours: &RgbImage, theirs: &RgbImage) -> (u8, f64) {
     (most, equal as f64 / pairs.len() as f64)
 }
 
-#[test]
-fn the_same_seed_paints_the_same_picture_as_diffusers() {
-    let index = fs::read_to_string(folder().join("index.json")).unwrap();
+/// Compares every case of a folder, and says how many there were.
+fn check(folder: &str) -> usize {
+    let folder = project().join("tests/golden").join(folder);
+    let index = fs::read_to_string(folder.join("index.json")).unwrap();
     let index: Index = serde_json::from_str(&index).unwrap();
-    assert!(index.cases.len() > 50, "{}", index.cases.len());
     let pipeline = demo();
+    let modules = pipeline.model().modules();
+    // What cases with adapters start from lies with the others.
+    let inputs = project().join("tests/golden/pictures");
     let mut bad = Vec::new();
     let only = std::env::var("LORIKEET_TEST_PICTURES").unwrap_or_default();
     for case in index.cases.iter().filter(|case| case.name.contains(&only)) {
-        let pictures = paint(&pipeline, &case.request());
+        let pictures = paint(&pipeline, &case.request(&inputs, modules));
         assert_eq!(pictures.len(), case.files.len(), "{}", case.name);
         for (ours, file) in pictures.iter().zip(&case.files) {
-            let (most, equal) = compare(ours, &rgb(file));
+            let (most, equal) = compare(ours, &rgb(&folder.join(file)));
             println!(
                 "{file}: differs by {most} at most, {:.2} % equal",
                 100.0 * equal
@@ -127,4 +176,17 @@ fn the_same_seed_paints_the_same_picture_as_diffusers() {
         }
     }
     assert!(bad.is_empty(), "{bad:#?}");
+    index.cases.len()
+}
+
+#[test]
+fn the_same_seed_paints_the_same_picture_as_diffusers() {
+    let cases = check("pictures");
+    assert!(cases > 50, "{cases}");
+}
+
+#[test]
+fn the_same_adapter_paints_the_same_picture_as_in_diffusers() {
+    let cases = check("adapter-pictures");
+    assert!(cases > 30, "{cases}");
 }
