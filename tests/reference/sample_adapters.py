@@ -45,8 +45,8 @@ SAMPLES = {
     "zorp-word": dict(
         method="textual-inversion", description=f"The word <zorp> for {CREATURE}: four vectors and nothing else.",
         trigger_words=["<zorp>"], tags=["subject", "word", "sample"],
-        recipe=dict(images="subject", placeholder="<zorp>", initializer="monster", vectors=4, steps=500, batch=8,
-                    learning_rate=2e-2, seed=4,
+        recipe=dict(images="subject", placeholder="<zorp>", initializer="striped blue purple monster", vectors=4, steps=400, batch=8,
+                    learning_rate=4e-3, seed=4,
                     templates=["a <zorp>", "a picture of a <zorp>", "one <zorp>", "the <zorp>", "<zorp>"]),
         prompts=["a <zorp> in a forest", "a <zorp> on the beach", "a <zorp> at night", "a <zorp> in the snow"]),
 }
@@ -89,9 +89,9 @@ def train(sample, halfway, deadline):
         pipe.tokenizer.add_tokens(words)
         pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
         table = pipe.text_encoder.get_input_embeddings().weight
-        initial = table[pipe.tokenizer(recipe["initializer"], add_special_tokens=False).input_ids[0]]
-        # Not all the same, or they would stay the same.
-        rows = torch.nn.Parameter(initial + 0.1 * table.std() * torch.randn(len(words), table.shape[1], generator=generator))
+        initial = pipe.tokenizer(recipe["initializer"], add_special_tokens=False).input_ids
+        assert len(initial) == len(words), f"{recipe['initializer']} is {len(initial)} tokens"
+        rows = torch.nn.Parameter(table[initial].clone())
         places = torch.tensor(pipe.tokenizer.convert_tokens_to_ids(words))
         parameters = [rows]
         texts = [t.replace(word, " ".join(words)) for t in texts]
