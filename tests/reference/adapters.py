@@ -1,7 +1,7 @@
 """Golden files for adapters: one small file in each dialect, and what it does to the weights.
 
-Writes tests/golden/adapters/ for the tiny models of models.py. PEFT and diffusers write their own files; for the others
-the names and formulas of the tools are written out below (kohya's sd-scripts, LyCORIS, cloneofsimo/lora, A1111).
+Writes tests/golden/adapters/ for the tiny models of models.py. PEFT, diffusers and LyCORIS write their own files; for the
+others the names and formulas of the tools are written out below (kohya's sd-scripts, cloneofsimo/lora, A1111).
 
     python tests/reference/adapters.py
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from lycoris.kohya import LycorisNetworkKohya
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
@@ -276,128 +277,156 @@ def sgm():
     case("kohya-sgm", THREE, tensors, deltas, "kohya (SGM block names)")
 
 
-def tucker(core, out, inner):
-    """LyCORIS' rebuild_tucker; `out` [i, out], `inner` [j, in]."""
-    return torch.einsum("ijkl,ip,jr->prkl", core.double(), out.double(), inner.double())
+# LyCORIS, which writes its own files.
+
+
+def with_lycoris(name, maps, *, algo="lora", train_norm=False, dtype=torch.float32):
+    """A network on the modules that `maps` names, each with its settings, as kohya's trainer makes and saves it.
+
+    What a module does is computed as its forward pass does, and compared with that: `get_diff_weight`, which merging
+    takes, applies the scale of LoHa and LoKr twice (in 4.1.3).
+    """
+    modules = parts(THREE)
+    paths = {part: {path.split(".", 1)[1]: config for path, config in maps.items() if path.startswith(part)} for part in modules}
+    LycorisNetworkKohya.apply_preset({
+        "enable_conv": True, "use_fnmatch": True, "module_algo_map": {}, "name_algo_map": paths["unet"] | paths["text_encoder"],
+        "unet_target_module": [], "unet_target_name": list(paths["unet"]),
+        "text_encoder_target_module": [], "text_encoder_target_name": list(paths["text_encoder"]),
+    })
+    network = LycorisNetworkKohya(modules["text_encoder"], modules["unet"], network_module=algo, train_norm=train_norm)
+    assert len(network.loras) == len(maps), name
+    names = {id(m): site(part, path) for part in modules for path, m in modules[part].named_modules()}
+    deltas, biases, checks = {}, {}, []
+    for module in network.loras:
+        module.double()
+        for key, parameter in module.named_parameters():
+            if key == "scalar":
+                value = torch.tensor(0.5)
+            elif key == "dora_scale":
+                value = parameter.detach() * (1 + randn(*parameter.shape).double())
+            else:
+                value = randn(*parameter.shape)
+            # What the file can hold.
+            parameter.data = value.to(dtype).double()
+        layer = module.org_module[0]
+        weight, bias = layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
+        with torch.no_grad():
+            delta, of_bias = effect(module, weight)
+        deltas[names[id(layer)]] = delta
+        if of_bias is not None:
+            biases[names[id(layer)]] = of_bias
+            bias = bias + of_bias
+        checks.append((module, layer, weight + delta, bias))
+    network.apply_to(modules["text_encoder"], modules["unet"], True, True)
+    for module, layer, weight, bias in checks:
+        channels = weight.shape[-1] if weight.dim() < 3 else weight.shape[1]
+        shape = [2, channels, 5, 4] if module.module_type in ("conv2d", "groupnorm") else [3, channels]
+        x = torch.randn(shape, generator=generator).double()
+        with torch.no_grad():
+            found, wanted = layer(x), module.op(x, weight=weight, bias=bias, **module.kw_dict)
+        assert (found - wanted).norm() < 1e-10 * wanted.norm(), f"{name}: {module.lora_name}"
+    network.save_weights(OUT / f"{name}.safetensors", dtype, {"ss_network_module": "lycoris.kohya"})
+    case(name, THREE, None, deltas, "kohya", biases=biases)
+
+
+def effect(module, base):
+    """What a module adds to its layer's weight and bias."""
+    if module.name in ("full", "norm", "ia3"):
+        return tuple(None if x is None else x.detach().clone() for x in module.get_diff_weight())
+    if module.name == "locon":
+        delta = module.make_weight() * module.scale
+    else:
+        delta = module.get_weight(module.shape) * module.scalar
+    if module.wd:
+        delta = module.apply_weight_decompose(base + delta) - base
+    return delta, None
 
 
 def lycoris():
-    W = weights(THREE)
     resnet = "unet.down_blocks.1.resnets.0"
     block = "unet.mid_block.attentions.0.transformer_blocks.0"
-    text = "text_encoder.text_model.encoder.layers.1.mlp.fc2"
+    text = "text_encoder.encoder.layers.1.mlp.fc2"
+    tucker = {"use_tucker": True}
 
-    def put(tensors, name, alpha=None, **parts):
-        tensors |= {f"{kohya(name)}.{k.replace('__', '.')}": v for k, v in parts.items()}
-        if alpha is not None:
-            tensors[f"{kohya(name)}.alpha"] = torch.tensor(float(alpha))
+    with_lycoris("locon-tucker", {
+        f"{resnet}.conv1": {"dim": 3, "alpha": 2, **tucker},
+        f"{resnet}.conv2": {"dim": 2, "alpha": 2},
+        f"{resnet}.conv_shortcut": {"dim": 3, "alpha": 1, **tucker},    # 1x1: no core
+        f"{block}.attn1.to_q": {"dim": 4, "alpha": 3, "rs_lora": True},
+        f"{block}.attn1.to_v": {"dim": 2, "use_scalar": True},
+        text: {"dim": 1, "alpha": 5},
+    }, dtype=torch.float16)
 
-    # LoCon with a Tucker core.
-    tensors, deltas = {}, {}
-    name = f"{resnet}.conv1"
-    out, inner, kh, kw = W[name].shape
-    mid, up, down = randn(3, 3, kh, kw), randn(out, 3, 1, 1), randn(3, inner, 1, 1)
-    put(tensors, name, 2, lora_mid__weight=mid, lora_up__weight=up, lora_down__weight=down)
-    deltas[name] = 2 / 3 * torch.einsum("mnwh,im,nj->ijwh", mid.double(), up.double().flatten(1), down.double().flatten(1))
-    case("locon-tucker", THREE, tensors, deltas, "kohya")
+    with_lycoris("loha", {
+        f"{block}.attn1.to_k": {"dim": 3, "alpha": 1},
+        f"{block}.attn1.to_q": {"dim": 4, "alpha": 3, "rs_lora": True},
+        f"{block}.attn2.to_k": {"dim": 2, "alpha": 3, "use_scalar": True},
+        f"{resnet}.conv2": {"dim": 2, "alpha": 5},
+        f"{resnet}.conv1": {"dim": 3, "alpha": 2, **tucker},
+        f"{resnet}.conv_shortcut": {"dim": 1, "alpha": 2},
+        text: {"dim": 4, "alpha": 4},
+    }, algo="loha")
 
-    # LoHa: linear, convolution, Tucker.
-    tensors, deltas = {}, {}
-    for name, rank, alpha in ((f"{block}.attn1.to_k", 3, 1), (f"{resnet}.conv2", 2, 5), (text, 4, None)):
-        out, *rest = W[name].shape
-        columns = torch.Size(rest).numel()
-        f = {"hada_w1_a": randn(out, rank), "hada_w1_b": randn(rank, columns), "hada_w2_a": randn(out, rank), "hada_w2_b": randn(rank, columns)}
-        put(tensors, name, alpha, **f)
-        d = {k: v.double() for k, v in f.items()}
-        product = (d["hada_w1_a"] @ d["hada_w1_b"]) * (d["hada_w2_a"] @ d["hada_w2_b"])
-        deltas[name] = (alpha or rank) / rank * product
-    name, rank = f"{resnet}.conv1", 3
-    out, inner, kh, kw = W[name].shape
-    f = {f"hada_t{i}": randn(rank, rank, kh, kw) for i in (1, 2)}
-    f |= {f"hada_w{i}_a": randn(rank, out) for i in (1, 2)} | {f"hada_w{i}_b": randn(rank, inner) for i in (1, 2)}
-    put(tensors, name, 2, **f)
-    one, two = (tucker(f[f"hada_t{i}"], f[f"hada_w{i}_a"], f[f"hada_w{i}_b"]) for i in (1, 2))
-    deltas[name] = 2 / rank * one * two
-    case("loha", THREE, tensors, deltas, "kohya")
+    # Whole and factored blocks on either side.
+    both = {"decompose_both": True}
+    with_lycoris("lokr", {
+        f"{block}.attn1.to_q": {"dim": 2, "alpha": 77, "full_matrix": True},
+        f"{block}.attn1.to_k": {"dim": 2, "alpha": 3, "factor": 2},
+        f"{block}.attn1.to_v": {"dim": 1, "alpha": 2, "rs_lora": True, **both},
+        f"{block}.attn1.to_out.0": {"dim": 9, "alpha": 2},
+        f"{block}.ff.net.0.proj": {"dim": 3, "alpha": 2, "factor": 4, "unbalanced_factorization": True, **both},
+        f"{resnet}.conv1": {"dim": 1, "alpha": 3, "factor": 2, "use_scalar": True},
+        f"{resnet}.conv2": {"dim": 1, "alpha": 1, **tucker, **both},
+        f"{resnet}.conv_shortcut": {"dim": 2, "alpha": 1, "full_matrix": True},
+        text: {"dim": 2, "alpha": 1},
+    }, algo="lokr")
 
-    # LoKr: whole and factored blocks on either side, Tucker.
-    tensors, deltas = {}, {}
+    with_lycoris("ia3", {
+        f"{block}.attn2.to_k": {},
+        f"{block}.ff.net.2": {"train_on_input": True},
+        f"{resnet}.conv1": {"train_on_input": True},
+        f"{resnet}.conv2": {},
+        text: {},
+    }, algo="ia3")
 
-    def kron(w1, w2):
-        w1 = w1.double()
-        return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.dim() - 2)), w2.double().contiguous())
+    with_lycoris("full", {
+        f"{block}.attn2.to_v": {}, f"{resnet}.conv_shortcut": {}, text: {},
+        f"{resnet}.norm1": {}, f"{block}.norm2": {}, "text_encoder.final_layer_norm": {},
+    }, algo="full", train_norm=True)
 
-    name = f"{block}.attn1.to_q"  # 24 x 24
-    w1, w2 = randn(2, 4), randn(12, 6)
-    put(tensors, name, 77, lokr_w1=w1, lokr_w2=w2)
-    deltas[name] = kron(w1, w2)
+    rows, columns = {"weight_decompose": True}, {"weight_decompose": True, "wd_on_out": False}
+    with_lycoris("dora", {
+        f"{block}.attn1.to_q": {"dim": 3, "alpha": 2, **rows},
+        f"{block}.attn1.to_k": {"dim": 3, "alpha": 2, **columns},
+        f"{block}.attn2.to_k": {"algo": "loha", "dim": 2, "alpha": 1, **columns},
+        f"{block}.attn2.to_v": {"algo": "lokr", "dim": 2, "alpha": 1, **rows},
+        f"{block}.ff.net.2": {"algo": "loha", "dim": 2, "alpha": 3, **rows},
+        f"{resnet}.conv1": {"dim": 3, "alpha": 2, **rows},
+        f"{resnet}.conv2": {"dim": 3, "alpha": 2, **columns},
+        f"{resnet}.conv_shortcut": {"algo": "lokr", "dim": 1, "alpha": 1, **columns},
+        text: {"dim": 3, "alpha": 1, **rows},
+    })
+
+
+def shapes_of_others():
+    """Vectors as other tools shape them: lengths without a second side, gains with one."""
+    W = weights(THREE)
+    block = "unet.mid_block.attentions.0.transformer_blocks.0"
     name = f"{block}.attn1.to_v"
-    a, b, w2 = randn(4, 3), randn(3, 6), randn(6, 4)
-    put(tensors, name, 2, lokr_w1_a=a, lokr_w1_b=b, lokr_w2=w2)
-    deltas[name] = 2 / 3 * kron(a.double() @ b.double(), w2)
-    name = f"{block}.attn1.to_out.0"
-    w1, a, b = randn(3, 2), randn(8, 5), randn(5, 12)
-    put(tensors, name, 2, lokr_w1=w1, lokr_w2_a=a, lokr_w2_b=b)
-    deltas[name] = 2 / 5 * kron(w1, a.double() @ b.double())
-    name = f"{resnet}.conv1"  # 16 x 8 x 3 x 3
-    w1, a, b = randn(4, 2), randn(4, 2), randn(2, 4 * 9)
-    put(tensors, name, 3, lokr_w1=w1, lokr_w2_a=a, lokr_w2_b=b)
-    deltas[name] = 3 / 2 * kron(w1, (a.double() @ b.double()).reshape(4, 4, 3, 3))
-    name = f"{resnet}.conv2"  # 16 x 16 x 3 x 3
-    w1a, w1b, t2, a, b = randn(2, 3), randn(3, 4), randn(3, 3, 3, 3), randn(3, 8), randn(3, 4)
-    put(tensors, name, 1, lokr_w1_a=w1a, lokr_w1_b=w1b, lokr_t2=t2, lokr_w2_a=a, lokr_w2_b=b)
-    deltas[name] = 1 / 3 * kron(w1a.double() @ w1b.double(), tucker(t2, a, b))
-    name = f"{resnet}.conv_shortcut"  # 16 x 8 x 1 x 1
-    w1, w2 = randn(8, 2), randn(2, 4, 1, 1)
-    put(tensors, name, 1, lokr_w1=w1, lokr_w2=w2)
-    deltas[name] = kron(w1, w2)
-    case("lokr", THREE, tensors, deltas, "kohya")
+    base, (down, up) = W[name], pair(W[name], 3)
+    v = base + low_rank(up, down, 2 / 3)
+    lengths = (base.norm(dim=1) * (1 + randn(len(base)).double())).float()
+    key = kohya(name)
+    tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(2.0), f"{key}.dora_scale": lengths}
+    case("dora-vector", THREE, tensors, {name: v * (lengths.double() / v.norm(dim=1))[:, None] - base}, "kohya")
 
-    # (IA)3.
     tensors, deltas = {}, {}
-    for name, on_input in ((f"{block}.attn2.to_k", False), (f"{block}.ff.net.2", True), (f"{resnet}.conv1", True), (f"{resnet}.conv2", False)):
-        out, inner, *rest = W[name].shape
-        w = randn(1, inner, *[1] * len(rest)) if on_input else randn(out, 1, *[1] * len(rest))
-        put(tensors, name, None, weight=w, on_input=torch.tensor(int(on_input)))
+    for name, on_input in ((f"{block}.attn2.to_k", 0), (f"{block}.ff.net.2", 1)):
+        out, inner = W[name].shape
+        w = randn(1, inner) if on_input else randn(out, 1)
+        tensors |= {f"{kohya(name)}.weight": w, f"{kohya(name)}.on_input": torch.tensor(on_input)}
         deltas[name] = W[name] * w.double()
-    case("ia3", THREE, tensors, deltas, "kohya")
-
-    # Whole differences, and norms.
-    tensors, deltas, biases = {}, {}, {}
-    for name in (f"{block}.attn2.to_v", f"{resnet}.conv_shortcut", text):
-        diff = randn(*W[name].shape)
-        put(tensors, name, None, diff=diff)
-        deltas[name] = diff.double()
-    for name in (f"{resnet}.conv_shortcut", text):
-        diff_b = randn(W[name].shape[0])
-        put(tensors, name, None, diff_b=diff_b)
-        biases[name] = diff_b
-    for name in (f"{resnet}.norm1", f"{block}.norm2", "text_encoder.text_model.final_layer_norm"):
-        w, b = randn(*W[name].shape), randn(*W[name].shape)
-        put(tensors, name, None, w_norm=w, b_norm=b)
-        deltas[name], biases[name] = w, b
-    case("full", THREE, tensors, deltas, "kohya", biases=biases)
-
-    # DoRA on either axis, beside LoRA, LoCon and LoHa.
-    tensors, deltas = {}, {}
-    for name, rows in ((f"{block}.attn1.to_q", True), (f"{block}.attn1.to_k", False), (f"{block}.attn1.to_v", None), (f"{block}.attn2.to_k", False), (f"{resnet}.conv1", True), (f"{resnet}.conv2", False)):
-        base = W[name]
-        if name.endswith("attn2.to_k"):
-            f = {"hada_w1_a": randn(24, 2), "hada_w1_b": randn(2, 24), "hada_w2_a": randn(24, 2), "hada_w2_b": randn(2, 24)}
-            put(tensors, name, 1, **f)
-            d = {k: v.double() for k, v in f.items()}
-            delta = 1 / 2 * (d["hada_w1_a"] @ d["hada_w1_b"]) * (d["hada_w2_a"] @ d["hada_w2_b"])
-        else:
-            down, up = pair(base, 3)
-            put(tensors, name, 2, lora_down__weight=down, lora_up__weight=up)
-            delta = low_rank(up, down, 2 / 3).reshape(base.shape)
-        axes = [d for d in range(base.dim()) if d != (1 if rows is False else 0)]
-        lengths = base.square().sum(axes, keepdim=True).sqrt()
-        magnitude = (lengths * (1 + randn(*lengths.shape).double())).float()
-        put(tensors, name, None, dora_scale=magnitude.flatten() if rows is None else magnitude)
-        v = base + delta
-        deltas[name] = v * magnitude.double() / v.square().sum(axes, keepdim=True).sqrt() - base
-    case("dora", THREE, tensors, deltas, "kohya")
+    case("ia3-matrix", THREE, tensors, deltas, "kohya")
 
 
 def cloneofsimo():
@@ -449,6 +478,7 @@ if __name__ == "__main__":
     kohya_files()
     sgm()
     lycoris()
+    shapes_of_others()
     cloneofsimo()
     words()
     shapes = {TWO: weights(TWO), THREE: weights(THREE)}
