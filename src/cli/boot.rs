@@ -15,8 +15,9 @@ pub enum BootError {
     Open(#[from] OpenError),
     #[error(transparent)]
     Option(#[from] InvalidOption),
-    #[error(transparent)]
-    Sites(#[from] AdapterError),
+    /// Boxed, since it is large and seldom.
+    #[error("no adapters can be read for this model: {0}")]
+    Sites(#[from] Box<AdapterError>),
     #[error("no thread for the device worker: {0}")]
     Thread(#[from] io::Error),
 }
@@ -35,7 +36,7 @@ pub fn open_engine(config: &Config) -> Result<Booted, BootError> {
     config
         .defaults
         .apply(&mut opened.info.defaults, &config.limits)?;
-    let loader = opened.adapter_loader()?;
+    let loader = opened.adapter_loader().map_err(Box::new)?;
     let engine = opened.start(EngineConfig {
         queue: config.queue,
         max_rows: config.max_batch,
