@@ -121,9 +121,11 @@ pub(super) fn check_number(number: f64) -> Result<f64, String> {
 
 /// What a file is whose first bytes are those of something else that people upload.
 fn foreign(blob: &Blob) -> Result<Option<&'static str>, AdapterError> {
-    let start = blob.read_at(0, blob.len.min(4) as usize)?;
+    let start = blob.read_at(0, blob.len.min(9) as usize)?;
     Ok(match *start {
-        [b'P', b'K', 3, 4] | [b'P', b'K', 5, 6] => {
+        // A header of 640 bytes begins as a pickle does.
+        [_, _, _, _, 0, 0, 0, 0, b'{'] => None,
+        [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => {
             Some("a zip archive (a PyTorch pickle: .pt, .bin, .ckpt)")
         }
         // The opcode PROTO and a version.
