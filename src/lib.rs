@@ -13,7 +13,7 @@
 //! | [`api`] | HTTP: routes, fields, answers, the table from errors to statuses | tensors |
 //! | [`engine`] | the queue, the batcher, the device thread, progress, health | HTTP |
 //! | [`pipeline`] | from a checked request to pixels, one evaluation of the model at a time | threads |
-//! | [`registry`] | where adapters live: folder or object store, memory tiers, leases (not wired into the server yet) | tensors, HTTP |
+//! | [`registry`] | where adapters live: folder or object store, memory tiers, leases | tensors, HTTP |
 //! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
 //! | [`noise`] | PyTorch's random numbers | everything else |
 //! | [`adapters`] | adapter files become deltas by site, are mixed for one model, and are written (not wired into the server yet) | requests |

@@ -65,6 +65,15 @@ fn the_pair_the_others_spoil_is_good() {
 }
 
 #[test]
+fn a_header_whose_length_reads_like_a_pickle_is_a_header() {
+    // 0x80 and a version are a length of 640 bytes too.
+    let file = (0..640)
+        .map(|n| pack(&pair(3), &[("padding", &*"x".repeat(n))]))
+        .find(|file| file.starts_with(&640u64.to_le_bytes()));
+    assert_eq!(parse(file.unwrap()).unwrap().deltas.len(), 1);
+}
+
+#[test]
 fn what_is_not_safetensors() {
     refused(vec![], &["0 bytes are too few"]);
     refused(

@@ -14,9 +14,10 @@ pub enum BootError {
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
-    Adapters(#[from] AdapterError),
-    #[error(transparent)]
     Option(#[from] InvalidOption),
+    /// Boxed, since it is large and seldom.
+    #[error("no adapters can be read for this model: {0}")]
+    Sites(#[from] Box<AdapterError>),
     #[error("no thread for the device worker: {0}")]
     Thread(#[from] io::Error),
 }
@@ -35,7 +36,7 @@ pub fn open_engine(config: &Config) -> Result<Booted, BootError> {
     config
         .defaults
         .apply(&mut opened.info.defaults, &config.limits)?;
-    let loader = opened.adapter_loader()?;
+    let loader = opened.adapter_loader().map_err(Box::new)?;
     let mixer = opened.mixer(config.device_adapter_bytes);
     let engine = opened.start(EngineConfig {
         queue: config.queue,
