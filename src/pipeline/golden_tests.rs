@@ -72,8 +72,8 @@ fn gray(file: &Path) -> GrayImage {
 }
 
 impl Case {
-    /// `folder` has the pictures to start from.
-    fn request(&self, folder: &Path, modules: &Arc<Modules>) -> ImageRequest {
+    /// `inputs` has the pictures to start from.
+    fn request(&self, inputs: &Path, modules: &Arc<Modules>) -> ImageRequest {
         ImageRequest {
             prompt: self.prompt.clone(),
             negative_prompt: self.negative_prompt.clone(),
@@ -86,8 +86,8 @@ impl Case {
             scheduler: self.scheduler.parse().unwrap(),
             clip_skip: self.clip_skip,
             init: self.input.as_deref().map(|input| InitImage {
-                image: rgb(&folder.join(input)),
-                mask: self.mask.as_deref().map(|mask| gray(&folder.join(mask))),
+                image: rgb(&inputs.join(input)),
+                mask: self.mask.as_deref().map(|mask| gray(&inputs.join(mask))),
                 strength: self.strength.unwrap(),
             }),
             previews: 0,
@@ -150,19 +150,18 @@ fn compare(ours: &RgbImage, theirs: &RgbImage) -> (u8, f64) {
     (most, equal as f64 / pairs.len() as f64)
 }
 
-/// Compares every case of a folder, and says how many there were.
-fn check(folder: &str) -> usize {
+/// Compares every case of a folder, and says how many there were. What they start from lies under
+/// `inputs`.
+fn check(folder: &str, inputs: &Path) -> usize {
     let folder = project().join("tests/golden").join(folder);
     let index = fs::read_to_string(folder.join("index.json")).unwrap();
     let index: Index = serde_json::from_str(&index).unwrap();
     let pipeline = demo();
     let modules = pipeline.model().modules();
-    // What cases with adapters start from lies with the others.
-    let inputs = project().join("tests/golden/pictures");
     let mut bad = Vec::new();
     let only = std::env::var("LORIKEET_TEST_PICTURES").unwrap_or_default();
     for case in index.cases.iter().filter(|case| case.name.contains(&only)) {
-        let pictures = paint(&pipeline, &case.request(&inputs, modules));
+        let pictures = paint(&pipeline, &case.request(inputs, modules));
         assert_eq!(pictures.len(), case.files.len(), "{}", case.name);
         for (ours, file) in pictures.iter().zip(&case.files) {
             let (most, equal) = compare(ours, &rgb(&folder.join(file)));
@@ -181,12 +180,12 @@ fn check(folder: &str) -> usize {
 
 #[test]
 fn the_same_seed_paints_the_same_picture_as_diffusers() {
-    let cases = check("pictures");
+    let cases = check("pictures", &project().join("tests/golden/pictures"));
     assert!(cases > 50, "{cases}");
 }
 
 #[test]
 fn the_same_adapter_paints_the_same_picture_as_in_diffusers() {
-    let cases = check("adapter-pictures");
+    let cases = check("adapter-pictures", &project());
     assert!(cases > 30, "{cases}");
 }
