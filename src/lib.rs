@@ -91,7 +91,8 @@
 //! - a picture differs from diffusers': `tests/reference` makes the golden files, and the
 //!   `golden_tests.rs` of each room compares with them, part by part.
 //! - an adapter does not do what its tool says: `src/adapters/golden_tests.rs`; `lorikeet adapter
-//!   inspect` shows what was read.
+//!   inspect` shows what was read, `verify` what is wrong with it.
+//! - a strange file does harm: `tests/fuzz` throws any bytes at the reader.
 //! - an answer is wrong: `tests/http` talks to real servers; `api/error.rs` has the table.
 //! - it is slow: `ops`, and `benches` for a run side by side with PyTorch.
 //!

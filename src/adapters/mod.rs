@@ -49,6 +49,8 @@ mod golden_tests;
 mod packing;
 #[cfg(test)]
 mod property_tests;
+#[cfg(test)]
+mod rewrite_tests;
 
 pub use adapter::{Adapter, Dialect, TokenEmbedding};
 pub use delta::{Axis, Block, Change, Delta, Factors, LowRank, Magnitude};
