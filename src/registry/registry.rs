@@ -23,6 +23,9 @@ use super::{
 
 /// Names that share a lock share a wait of milliseconds, seldom.
 const LOCKS: usize = 64;
+/// Nobody waits longer than this to be let look for one adapter: while the store is silent, all who
+/// ask for names that it alone knows stand in line.
+const IN_LINE: Duration = Duration::from_secs(10);
 /// Manifests read at once in a rescan.
 const READS: usize = 32;
 
@@ -192,7 +195,12 @@ impl<L: Loader> Registry<L> {
         if let Some(entry) = self.0.index.get(name) {
             return Ok(entry);
         }
-        let _alone = self.lock(name).await;
+        let turn = tokio::time::timeout(IN_LINE, self.lock(name)).await;
+        let _alone = turn.map_err(|_| unavailable("it has not answered those who asked before"))?;
+        // They may have found it.
+        if let Some(entry) = self.0.index.get(name) {
+            return Ok(entry);
+        }
         self.refresh(name).await?.ok_or_else(|| self.missing(name))
     }
 

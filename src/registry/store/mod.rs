@@ -225,13 +225,23 @@ impl Store {
         Ok(Self(Place::Folder(Arc::new(Folder::open(path.as_ref())?))))
     }
 
-    /// `s3://BUCKET/PREFIX`, with the usual `AWS_*` variables for everything else. Uploads are
-    /// gathered in `staging`, a folder on this machine.
+    /// `s3://BUCKET/PREFIX`, with the usual `AWS_*` variables for everything else (the room's own
+    /// words name them). Uploads are gathered in `staging`, a folder on this machine.
     pub fn s3(url: &str, staging: impl AsRef<Path>) -> Result<Self, StoreFault> {
-        Ok(Self(Place::Remote(Arc::new(Remote::s3(
-            url,
-            staging.as_ref(),
-        )?))))
+        let variables = std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        });
+        Self::s3_with(url, variables, staging)
+    }
+
+    /// S3 with these variables in place of the environment's.
+    pub(super) fn s3_with(
+        url: &str,
+        variables: impl IntoIterator<Item = (String, String)>,
+        staging: impl AsRef<Path>,
+    ) -> Result<Self, StoreFault> {
+        let remote = Remote::s3(url, variables, staging.as_ref())?;
+        Ok(Self(Place::Remote(Arc::new(remote))))
     }
 
     /// Any object store.

@@ -1,6 +1,25 @@
 //! An object store, through `object_store`: S3 and what speaks like it.
+//!
+//! # What the server must be able to do
+//!
+//! Writes rest on `PUT` with `If-None-Match: *` and `If-Match`: of two at once one wins. AWS,
+//! Cloudflare R2, MinIO and SeaweedFS (from 4.18) do that. A server that ignores these headers is no place
+//! for a registry that more than one process writes to.
+//!
+//! Removals are `DELETE` with `If-Match`, which AWS and SeaweedFS heed. Elsewhere the header is
+//! ignored, and what is left is the look just before the removal. Another replica's write that
+//! falls between the two, a few milliseconds, is then removed with what it replaced:
+//! - of an adapter's weights: its upload was answered with success, and the adapter is gone, as if
+//!   it had been deleted a moment later, though the removal named the hash of the one before;
+//! - of its manifest, where an adapter is deleted and made again under its name at once: the new
+//!   adapter stands without its texts and its owner, so every tenant sees it.
+//!
+//! One thing no header mends: an answer `5xx` to a write that was done all the same is tried again,
+//! and the second attempt meets the first one's work. The writer is then told of a conflict with
+//! itself, and looks again.
 
 use std::{
+    fmt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -9,8 +28,10 @@ use std::{
 use bytes::Bytes;
 use futures::StreamExt as _;
 use object_store::{
-    ClientOptions, Error, GetResult, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode,
-    PutOptions, RetryConfig, UpdateVersion, aws::AmazonS3Builder, path::Path as Location,
+    ClientOptions, Error, GetResult, HeaderMap, HeaderValue, ObjectMeta, ObjectStore,
+    ObjectStoreExt as _, PutMode, PutOptions, RetryConfig, UpdateVersion,
+    aws::{AmazonS3Builder, AmazonS3ConfigKey},
+    path::Path as Location,
     prefix::PrefixStore,
 };
 
@@ -25,6 +46,24 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) struct Remote {
     objects: Arc<dyn ObjectStore>,
     staging: PathBuf,
+    /// S3's own, where it is S3.
+    s3: Option<S3>,
+}
+
+/// What `object_store` has no call for.
+struct S3 {
+    /// As the operator gave it.
+    url: String,
+    prefix: Location,
+    builder: AmazonS3Builder,
+    client: ClientOptions,
+}
+
+/// Without the builder, which holds the key.
+impl fmt::Debug for S3 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "S3({})", self.url)
+    }
 }
 
 impl Remote {
@@ -34,14 +73,16 @@ impl Remote {
         Ok(Self {
             objects,
             staging: staging.to_owned(),
+            s3: None,
         })
     }
 
-    pub fn s3(url: &str, staging: &Path) -> Result<Self, StoreFault> {
-        Self::s3_from(AmazonS3Builder::from_env(), url, staging)
-    }
-
-    fn s3_from(builder: AmazonS3Builder, url: &str, staging: &Path) -> Result<Self, StoreFault> {
+    /// `variables` are the environment's, of which those count that begin with `AWS_`.
+    pub fn s3(
+        url: &str,
+        variables: impl IntoIterator<Item = (String, String)>,
+        staging: &Path,
+    ) -> Result<Self, StoreFault> {
         let prefix = url
             .strip_prefix("s3://")
             .filter(|rest| !rest.is_empty())
@@ -56,19 +97,43 @@ impl Remote {
             retry_timeout: PATIENCE,
             ..RetryConfig::default()
         };
-        let client = ClientOptions::new()
+        let mut builder = AmazonS3Builder::new();
+        let mut client = ClientOptions::new()
             .with_connect_timeout(Duration::from_secs(5))
             // Of the whole request: a large adapter over a slow line needs its time …
             .with_timeout(Duration::from_secs(600))
             // … and a dead one is noticed by its silence.
             .with_read_timeout(SILENCE);
-        let s3 = builder
-            .with_url(url)
-            .with_retry(retry)
-            .with_client_options(client)
+        // Not `from_env`: the client's options given there and those above would be either or.
+        for (name, value) in variables {
+            if !name.starts_with("AWS_") {
+                continue;
+            }
+            match name.to_ascii_lowercase().parse() {
+                Ok(AmazonS3ConfigKey::Client(key)) => client = client.with_config(key, value),
+                Ok(key) => builder = builder.with_config(key, value),
+                // There are more such variables, for others.
+                Err(_) => {}
+            }
+        }
+        let builder = builder.with_url(url).with_retry(retry);
+        let objects = builder
+            .clone()
+            .with_client_options(client.clone())
             .build()
             .map_err(|e| StoreFault::from_error(&e))?;
-        Self::new(Arc::new(PrefixStore::new(s3, prefix)), staging)
+        let s3 = S3 {
+            url: url.to_owned(),
+            // Asked for once and renewed for both.
+            builder: builder.with_credentials(objects.credentials().clone()),
+            client,
+            prefix: prefix.clone(),
+        };
+        let objects = Arc::new(PrefixStore::new(objects, prefix));
+        Ok(Self {
+            s3: Some(s3),
+            ..Self::new(objects, staging)?
+        })
     }
 
     pub fn staging(&self) -> &Path {
@@ -76,7 +141,8 @@ impl Remote {
     }
 
     pub async fn list(&self) -> Result<Listing, StoreFault> {
-        let found = self.objects.list_with_delimiter(None).await?;
+        let listed = self.objects.list_with_delimiter(None).await;
+        let found = listed.map_err(|error| self.explain(error))?;
         let files = found.objects.iter().filter_map(|object| {
             let file = object.location.filename()?;
             Some((file.to_owned(), Ok(seen(object))))
@@ -162,8 +228,6 @@ impl Remote {
         }
     }
 
-    /// S3 has no conditional removal that every imitation knows: between the look and the deed
-    /// another replica may get in.
     pub async fn delete(&self, file: &str, expect: &Expect) -> Result<bool, StoreFault> {
         let found = self.head(file).await?;
         if !expect.met_by(found.as_ref()) {
@@ -172,11 +236,65 @@ impl Remote {
         if found.is_none() {
             return Ok(false);
         }
-        match self.objects.delete(&Location::from(file)).await {
+        let deleted = match (expect, &self.s3) {
+            (Expect::Tag(tag), Some(s3)) => s3.delete_if(file, tag).await,
+            _ => self.objects.delete(&Location::from(file)).await,
+        };
+        match deleted {
             Ok(()) => Ok(true),
-            Err(Error::NotFound { .. }) => Ok(false),
+            Err(Error::NotFound { .. }) if *expect == Expect::Anything => Ok(false),
+            Err(
+                Error::NotFound { .. } | Error::Precondition { .. } | Error::AlreadyExists { .. },
+            ) => Err(StoreFault::Unmet),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Of a listing's failure: where it is the operator's settings that are at fault, says which.
+    fn explain(&self, error: Error) -> StoreFault {
+        let Some(S3 { url, .. }) = &self.s3 else {
+            return error.into();
+        };
+        let advice = match &error {
+            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
+                "refused; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what this key may do"
+            }
+            // A prefix without an object is an empty list.
+            Error::NotFound { .. } => "there is no such bucket; check the address, or make it",
+            _ => return error.into(),
+        };
+        // The server's own word for it, of the XML that it comes in.
+        let text = error.to_string();
+        let code = text
+            .split_once("<Code>")
+            .and_then(|(_, rest)| rest.split_once("</Code>"));
+        let code = code.map_or(String::new(), |(code, _)| format!(" ({code})"));
+        StoreFault::Unavailable(format!("{url}: {advice}{code}"))
+    }
+}
+
+impl S3 {
+    /// A removal with `If-Match`. The header is one of a client's that makes this one request, so
+    /// that signing, trying again and understanding the answer are `object_store`'s. It costs the
+    /// making of that client, some milliseconds.
+    async fn delete_if(&self, file: &str, tag: &str) -> Result<(), Error> {
+        let tag = HeaderValue::from_str(tag).map_err(|error| Error::Generic {
+            store: "S3",
+            source: Box::new(error),
+        })?;
+        let mut headers = HeaderMap::new();
+        headers.insert("if-match", tag);
+        let client = self.client.clone().with_default_headers(headers);
+        let one = self
+            .builder
+            .clone()
+            .with_client_options(client)
+            // A removal of many has no room for the header.
+            .with_disable_bulk_delete(true)
+            .build()?;
+        PrefixStore::new(one, self.prefix.clone())
+            .delete(&Location::from(file))
+            .await
     }
 }
 
@@ -203,16 +321,22 @@ mod tests {
 
     use super::*;
 
+    fn given(variables: &[(&str, &str)]) -> Vec<(String, String)> {
+        let owned = |(name, value): &(&str, &str)| (name.to_string(), value.to_string());
+        variables.iter().map(owned).collect()
+    }
+
     #[tokio::test]
     async fn an_s3_that_does_not_answer_is_unavailable_soon() {
         let folder = tempfile::tempdir().unwrap();
         // Port 1 is nobody's. With TLS, so that a missing provider would show, too.
-        let builder = AmazonS3Builder::new()
-            .with_endpoint("https://127.0.0.1:1")
-            .with_region("nowhere")
-            .with_access_key_id("id")
-            .with_secret_access_key("secret");
-        let remote = Remote::s3_from(builder, "s3://bucket/some/prefix", folder.path()).unwrap();
+        let variables = given(&[
+            ("AWS_ENDPOINT_URL", "https://127.0.0.1:1"),
+            ("AWS_REGION", "nowhere"),
+            ("AWS_ACCESS_KEY_ID", "id"),
+            ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ]);
+        let remote = Remote::s3("s3://bucket/some/prefix", variables, folder.path()).unwrap();
         let began = Instant::now();
         let listed = remote.list().await.unwrap_err();
         assert!(matches!(listed, StoreFault::Unavailable(_)), "{listed:?}");
@@ -222,14 +346,39 @@ mod tests {
             .unwrap_err();
         assert!(matches!(written, StoreFault::Unavailable(_)), "{written:?}");
         assert!(began.elapsed() < 2 * PATIENCE + SILENCE);
+        assert!(!format!("{remote:?}").contains("secret"));
     }
 
     #[test]
     fn what_is_no_s3_address_is_said_to_be_none() {
         let folder = tempfile::tempdir().unwrap();
         for url in ["s3://", "http://x/y", "bucket"] {
-            let error = Remote::s3(url, folder.path()).unwrap_err();
+            let error = Remote::s3(url, [], folder.path()).unwrap_err();
             assert!(error.to_string().contains("s3://BUCKET/PREFIX"), "{error}");
         }
+    }
+
+    #[tokio::test]
+    #[ignore = "needs an S3 server: .ci/with-s3 cargo test"]
+    async fn a_removal_spares_what_was_written_just_before_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let url = std::env::var("LORIKEET_TEST_S3").unwrap() + "/removal";
+        let remote = Remote::s3(&url, std::env::vars(), folder.path()).unwrap();
+        let write = |text: &'static str| {
+            remote.write(
+                "a.json",
+                Bytes::from_static(text.as_bytes()),
+                &Expect::Anything,
+            )
+        };
+        let (one, two) = (write("one").await.unwrap(), write("two").await.unwrap());
+        // The look before it found `one`; what only the server can still see is `two`.
+        let s3 = remote.s3.as_ref().unwrap();
+        let error = s3.delete_if("a.json", &one.tag).await.unwrap_err();
+        assert!(matches!(error, Error::Precondition { .. }), "{error:?}");
+        let (_, text) = remote.read("a.json", 10).await.unwrap().unwrap();
+        assert_eq!(text, "two");
+        s3.delete_if("a.json", &two.tag).await.unwrap();
+        assert_eq!(remote.head("a.json").await.unwrap(), None);
     }
 }

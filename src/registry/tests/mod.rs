@@ -1,7 +1,9 @@
-//! The promises of this room, on a folder and on an object store.
+//! The promises of this room: on a folder, on an object store in memory, and, where
+//! `LORIKEET_TEST_S3` names a bucket, on that. `.ci/with-s3` starts a server that has one.
 
 mod folder;
 mod loading;
+mod s3;
 mod together;
 mod writing;
 
@@ -78,7 +80,9 @@ struct Ground {
 
 /// One of each kind.
 fn grounds() -> Vec<Ground> {
-    vec![on_folder(), on_objects()]
+    let mut grounds = vec![on_folder(), on_objects()];
+    grounds.extend(s3::bucket().map(|bucket| s3::on(&bucket)));
+    grounds
 }
 
 fn on_folder() -> Ground {
