@@ -216,7 +216,15 @@ fn what_is_written_as_peft_reads_the_same() {
             }
         }
     }
-    let expected = ["dora", "full", "ia3", "loha", "lokr", "peft-bias"];
+    let expected = [
+        "dora",
+        "full",
+        "ia3",
+        "ia3-matrix",
+        "loha",
+        "lokr",
+        "peft-bias",
+    ];
     assert_eq!(refused, expected.map(String::from).into());
 }
 
