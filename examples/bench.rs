@@ -2,16 +2,18 @@
 //!
 //! ```text
 //! bench unet    --model DIR --batch 2 --width 32 --height 32 --rounds N       latents
-//! bench adapted --model DIR --batch 2 --width 32 --height 32 --rank R --adapters N --rounds N
+//! bench adapted --model DIR --batch 8 --width 32 --height 32 --ranks 16,64 --rounds N
 //! bench vae     --model DIR --width 32 --height 32 --rounds N                 latents
 //! bench picture --model DIR --width W --height H --steps S --guidance G --scheduler NAME --seed 1 --rounds N
 //! ```
 //!
-//! `adapted` is `unet` with low-rank deltas on the attention's linear maps: the rows take turns with N
-//! different adapters. Rounds with and without them alternate; `base` has the seconds of the latter.
-//!
 //! Prints one line of JSON: `{"name": …, "seconds": [one number a round], "peak_rss_mb": …}`, or
 //! `{"name": …, "error": …}`. One round before the first is not counted.
+//!
+//! `adapted` is `unet` with low-rank deltas on the attention's linear maps, several arms in turn in every
+//! round: the base alone, an adapter of each rank on all rows, and of the first rank another on each
+//! row. It prints each arm's seconds by name, and ratios of their medians: of an adapter by the base,
+//! and of several adapters by one.
 
 use std::{process::ExitCode, sync::Arc, time::Instant};
 
@@ -56,10 +58,8 @@ struct Options {
     seed: Option<u64>,
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    #[arg(long, default_value_t = 16)]
-    rank: usize,
-    #[arg(long, default_value_t = 1)]
-    adapters: usize,
+    #[arg(long, value_delimiter = ',', default_values_t = [16, 64])]
+    ranks: Vec<usize>,
 }
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -69,11 +69,17 @@ fn main() -> ExitCode {
     let name = format!("{:?}", options.what).to_lowercase();
     match measure(&options) {
         Ok(figures) => {
-            let mut line = serde_json::json!({"name": name, "seconds": figures.seconds});
-            if let Some(base) = figures.base {
-                line["base"] = base.into();
+            let mut line = serde_json::json!({"name": name, "peak_rss_mb": peak_rss_mb()});
+            match figures {
+                Figures::Rounds(seconds) => line["seconds"] = seconds.into(),
+                Figures::Arms(arms) => {
+                    line["ratios"] = ratios(&arms).into();
+                    let arms = arms
+                        .into_iter()
+                        .map(|(name, seconds)| (name, seconds.into()));
+                    line["seconds"] = serde_json::Value::Object(arms.collect());
+                }
             }
-            line["peak_rss_mb"] = peak_rss_mb().into();
             println!("{line}");
             ExitCode::SUCCESS
         }
@@ -85,11 +91,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// Seconds of each round.
-struct Figures {
-    seconds: Vec<f64>,
-    /// The same work without what is measured.
-    base: Option<Vec<f64>>,
+enum Figures {
+    /// Seconds of each round.
+    Rounds(Vec<f64>),
+    /// Seconds of each round, arm by arm.
+    Arms(Vec<(String, Vec<f64>)>),
 }
 
 fn measure(options: &Options) -> Outcome<Figures> {
@@ -115,24 +121,34 @@ fn measure(options: &Options) -> Outcome<Figures> {
             if options.what == What::Unet {
                 return timed(options.rounds, || forward(Deltas::NONE));
             }
-            let sets = (0..options.adapters)
-                .map(|_| Ok(Arc::new(low_rank(&model, options.rank, &mut randn)?)))
-                .collect::<Outcome<Vec<_>>>()?;
-            let batch = DeltaBatch::new(
-                (0..options.batch).map(|row| sets.get(row % sets.len().max(1)).cloned()),
-            );
-            let mut figures = Figures {
-                seconds: Vec::new(),
-                base: Some(Vec::new()),
-            };
-            for _ in 0..options.rounds {
-                figures
-                    .seconds
-                    .extend(timed(1, || forward(batch.deltas()))?.seconds);
-                let base = timed(1, || forward(Deltas::NONE))?.seconds;
-                figures.base.iter_mut().for_each(|all| all.extend(&base));
+            let mut set =
+                |rank| -> Outcome<_> { Ok(Some(Arc::new(low_rank(&model, rank, &mut randn)?))) };
+            let mut batches = vec![("base".to_owned(), DeltaBatch::default())];
+            for &rank in &options.ranks {
+                let set = set(rank)?;
+                let rows = std::iter::repeat_n(set, options.batch);
+                batches.push((format!("r={rank}"), DeltaBatch::new(rows)));
             }
-            Ok(figures)
+            if let Some(&rank) = options.ranks.first() {
+                let rows = (0..options.batch)
+                    .map(|_| set(rank))
+                    .collect::<Outcome<Vec<_>>>()?;
+                batches.push((format!("r={rank}, one a row"), DeltaBatch::new(rows)));
+            }
+            let mut arms: Vec<_> = batches
+                .iter()
+                .map(|(name, _)| (name.clone(), Vec::new()))
+                .collect();
+            for round in 0..=options.rounds {
+                for ((_, batch), (_, seconds)) in batches.iter().zip(&mut arms) {
+                    let start = Instant::now();
+                    forward(batch.deltas())?;
+                    if round > 0 {
+                        seconds.push(start.elapsed().as_secs_f64());
+                    }
+                }
+            }
+            Ok(Figures::Arms(arms))
         }
         What::Vae => {
             let latents = randn(&[options.batch, h, w, model.vae.latent_channels()])?;
@@ -199,6 +215,26 @@ fn low_rank(
     Ok(set)
 }
 
+/// Medians of adapted arms by the base's, and of several adapters by one of the same rank.
+fn ratios(arms: &[(String, Vec<f64>)]) -> serde_json::Map<String, serde_json::Value> {
+    let median = |seconds: &[f64]| {
+        let mut sorted = seconds.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+    };
+    let by = |a: &(String, Vec<f64>), b: &(String, Vec<f64>)| {
+        (
+            format!("{} / {}", a.0, b.0),
+            (median(&a.1) / median(&b.1)).into(),
+        )
+    };
+    let mut ratios: serde_json::Map<_, _> = arms[1..].iter().map(|arm| by(arm, &arms[0])).collect();
+    if let [_, one, .., each] = arms {
+        ratios.extend([by(each, one)]);
+    }
+    ratios
+}
+
 /// Seconds of each round, the first left out.
 fn timed(rounds: usize, mut work: impl FnMut() -> Outcome<()>) -> Outcome<Figures> {
     work()?;
@@ -209,10 +245,7 @@ fn timed(rounds: usize, mut work: impl FnMut() -> Outcome<()>) -> Outcome<Figure
             Ok(start.elapsed().as_secs_f64())
         })
         .collect::<Outcome<_>>()?;
-    Ok(Figures {
-        seconds,
-        base: None,
-    })
+    Ok(Figures::Rounds(seconds))
 }
 
 /// The most memory this process has held so far, where the system tells.

@@ -16,13 +16,14 @@
 //! | [`registry`] | where adapters live: folder or object store, memory tiers, leases | tensors, HTTP |
 //! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
 //! | [`noise`] | PyTorch's random numbers | everything else |
-//! | [`adapters`] | adapter files become deltas by site, are mixed for one model, and are written (not wired into the server yet) | requests |
+//! | [`adapters`] | adapter files become deltas by site, are mixed for one model, and are written | requests |
 //! | [`models`] | CLIP, UNet, VAE, tokenizer, reading them from a folder; what adapters add to their rows | requests |
 //! | [`ops`] | convolution, attention, norms, matrix products; the memory and threads they use | models |
 //!
 //! Dependencies point one way:
-//! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise}`, `adapters -> models` and
-//! `models -> ops`. The process-wide settings of `ops` (memory kept, threads) are made by `cli` and by
+//! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise}`, `engine -> {adapters,
+//! registry}`, `adapters -> models` and `models -> ops`; of the registry `pipeline` knows what holds a
+//! mixture in memory. The process-wide settings of `ops` (memory kept, threads) are made by `cli` and by
 //! the idle device thread.
 //! Three types are all that passes between the upper rooms: a dialect's fields become a
 //! [`RequestDraft`], validation makes an [`ImageRequest`] of it, and the engine answers with
@@ -76,7 +77,7 @@
 //!    its diffusers name as a [`Site`]. Adapters hang their deltas there: a [`SiteTable`] has every
 //!    name by which any dialect of adapter files may call one ([`Adapter::open`]), `adapters::mix`
 //!    joins several adapters into one [`DeltaSet`], and a forward takes a [`DeltaBatch`] of them, one
-//!    for each row. The server passes none yet.
+//!    for each row.
 //! 4. **The pipeline** joins the model with its scheduler's config ([`Pipeline::new`]), and
 //!    [`engine::open`] runs it once on zeros, so that a device that cannot do it is found now and
 //!    not by the first client.
@@ -85,6 +86,25 @@
 //! 6. **The way out** (`api/serve.rs`). A signal turns `/readyz` to 503; requests are still taken
 //!    for the drain delay; then the listener closes, the queue refuses, and what was accepted is
 //!    finished within the drain timeout.
+//!
+//! # Third walk: an adapter's way
+//!
+//! `{"prompt": "a zorp monster <lora:zorp:0.8>", "adapters": [{"name": "blueprint"}]}`.
+//!
+//! 1. **In.** `POST /v1/adapters` streams a file aside (`api/adapters`), the [`AdapterLoader`] reads it
+//!    against the served model, and [`Registry::put`] makes it visible in one step. A file put into
+//!    the folder by hand is found by [`Registry::keep`].
+//! 2. **Named.** `pipeline/tags.rs` takes tags out of the prompt, `api/applying.rs` reads the field
+//!    `adapters`, `api/models.rs` a `model` that is an adapter: all become [`AdapterChoice`]s of the
+//!    [`ImageRequest`].
+//! 3. **Dressed.** [`Wardrobe::dress`] leases each from the registry (store to host memory, one load
+//!    however many wait), and the [`Mixer`] joins them at their strengths for the model's device. That
+//!    is the device tier: pictures with the same adapters share one [`Mixture`]. All this is done
+//!    before the queue, never on the device thread.
+//! 4. **Painted.** Prompts are encoded under the mixture's text deltas, with its words as tokens of their
+//!    own (`pipeline/conditioning.rs`); [`Pipeline::predict`] puts rows of one mixture side by side,
+//!    and `models/deltas.rs` adds at every site what each row's mixture says there. The weights
+//!    themselves are read and never written.
 //!
 //! # Where to look when …
 //!
@@ -117,6 +137,13 @@
 //! [`SiteTable`]: adapters::SiteTable
 //! [`Adapter::open`]: adapters::Adapter::open
 //! [`AppState::set_painter`]: api::AppState::set_painter
+//! [`AdapterLoader`]: engine::AdapterLoader
+//! [`AdapterChoice`]: pipeline::request::AdapterChoice
+//! [`Mixer`]: engine::Mixer
+//! [`Mixture`]: pipeline::Mixture
+//! [`Registry::keep`]: registry::Registry::keep
+//! [`Registry::put`]: registry::Registry::put
+//! [`Wardrobe::dress`]: engine::Wardrobe::dress
 
 pub mod adapters;
 pub mod api;

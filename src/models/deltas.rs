@@ -10,28 +10,8 @@ use std::{ops::Range, sync::Arc};
 use candle_core::{Result, Tensor};
 
 use super::ConvGeometry;
-use crate::ops;
-
-/// A part of what a site's adapters add.
-#[derive(Debug, Clone)]
-pub enum Term {
-    /// `ΔW = up · down` of a linear map; strength and `alpha / rank` are folded into `up`.
-    LowRank { down: ops::Linear, up: ops::Linear },
-    /// `ΔW` of a linear map in full.
-    Dense(ops::Linear),
-    /// The convolution to the rank, with the site's own kernel, stride and padding, then a map over
-    /// channels.
-    LowRankConv { down: ops::Conv2d, up: ops::Linear },
-    /// `ΔW` of a convolution in full.
-    DenseConv(ops::Conv2d),
-    /// [`Term::LowRankConv`] at a site that doubles the picture first.
-    LowRankUpsampled {
-        down: ops::UpsampledConv2d,
-        up: ops::Linear,
-    },
-    /// [`Term::DenseConv`] at a site that doubles the picture first.
-    DenseUpsampled(ops::UpsampledConv2d),
-}
+use crate::ops::{self, Beside, Map};
+pub use ops::Term;
 
 /// What the adapters of one set say of one site: `y = scale · (y₀ - b₀) + b₀ + Σ terms(x) + bias`,
 /// where `y₀` is the site's own result and `b₀` its bias.
@@ -130,23 +110,41 @@ impl<'a> Deltas<'a> {
     /// The base model alone.
     pub const NONE: Self = Self(None);
 
-    /// The runs of rows at a site, or `None` where no row has a delta there. `start` says at which
-    /// row of the tensor the rows of the forward begin: their own number, but where rows differ in
-    /// length.
-    pub(super) fn at(self, site: usize, start: impl Fn(usize) -> usize) -> Option<Parts<'a>> {
+    /// The runs of rows at a site, or `None` where no row has a delta there.
+    pub(super) fn at(self, site: usize) -> Option<Parts<'a>> {
         let parts: Parts = self
             .0?
             .runs
             .iter()
-            .map(|run| {
-                let delta = run.set.as_ref().and_then(|set| set.get(site));
-                (start(run.rows.start)..start(run.rows.end), delta)
-            })
+            .map(|run| (run.rows.clone(), run.at(site)))
             .collect();
         parts
             .iter()
             .any(|(_, delta)| delta.is_some())
             .then_some(parts)
+    }
+
+    /// What is beside the map of a site. `start` says at which row of its input the rows of the forward
+    /// begin: their own number, but where rows differ in length.
+    pub(super) fn beside(self, site: usize, start: impl Fn(usize) -> usize) -> Vec<Beside<'a>> {
+        let Some(batch) = self.0 else {
+            return Vec::new();
+        };
+        let beside = |run: &'a Run| {
+            run.at(site).map(|delta| Beside {
+                rows: start(run.rows.start)..start(run.rows.end),
+                terms: &delta.terms,
+                scale: delta.scale.as_ref(),
+                bias: delta.bias.as_ref(),
+            })
+        };
+        batch.runs.iter().filter_map(beside).collect()
+    }
+}
+
+impl Run {
+    fn at(&self, site: usize) -> Option<&SiteDelta> {
+        self.set.as_ref()?.get(site)
     }
 }
 
@@ -165,57 +163,6 @@ pub(super) fn each_part(
     }
 }
 
-/// From a site's own result `y` for `x` to that under the adapters of its rows. `bias` is the site's own,
-/// and `size` that of a doubled picture.
-pub(super) fn adapt(
-    parts: Option<Parts>,
-    x: &Tensor,
-    y: Tensor,
-    bias: Option<&Tensor>,
-    size: Option<[usize; 2]>,
-) -> Result<Tensor> {
-    let Some(parts) = parts else {
-        return Ok(y);
-    };
-    each_part(&parts, |rows, delta| {
-        let y = y.narrow(0, rows.start, rows.len())?;
-        match delta {
-            Some(delta) => delta.apply(&x.narrow(0, rows.start, rows.len())?, y, bias, size),
-            None => Ok(y),
-        }
-    })
-}
-
-impl SiteDelta {
-    /// From the site's own result `y` for `x` to that under the adapters. `own_bias` is the site's, and
-    /// `size` that of a doubled picture.
-    fn apply(
-        &self,
-        x: &Tensor,
-        y: Tensor,
-        own_bias: Option<&Tensor>,
-        size: Option<[usize; 2]>,
-    ) -> Result<Tensor> {
-        let mut y = y;
-        if let Some(scale) = &self.scale {
-            y = match own_bias {
-                Some(own) => y
-                    .broadcast_sub(own)?
-                    .broadcast_mul(scale)?
-                    .broadcast_add(own)?,
-                None => y.broadcast_mul(scale)?,
-            };
-        }
-        for term in &self.terms {
-            y = term.add(x, &y, size)?;
-        }
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
-    }
-}
-
 impl Term {
     /// `ΔW = up · down` at a site: `down` is `[rank, in]` for a linear map and `[rank, in, kh, kw]` for a
     /// convolution, whose geometry says how it lies; `up` is `[out, rank]`.
@@ -223,19 +170,18 @@ impl Term {
     /// # Errors
     /// Shapes that do not fit together.
     pub fn low_rank(geometry: Option<ConvGeometry>, down: Tensor, up: Tensor) -> Result<Self> {
-        let up = ops::Linear::new(up, None)?;
-        let Some(at) = geometry else {
-            let down = ops::Linear::new(down, None)?;
-            return Ok(Self::LowRank { down, up });
-        };
-        let down = ops::Conv2d::new(down, None, at.stride, at.padding)?;
-        Ok(match at.upsampled {
-            true => Self::LowRankUpsampled {
-                down: ops::UpsampledConv2d::new(down),
-                up,
-            },
-            false => Self::LowRankConv { down, up },
-        })
+        let (outputs, rank) = up.dims2()?;
+        // Factors as large as what they make cost more than it does.
+        let factors = down.elem_count() + up.elem_count();
+        if factors * rank >= down.elem_count() * outputs && !down.track_op() && !up.track_op() {
+            let mut shape = down.dims().to_vec();
+            shape[0] = outputs;
+            let weight = up.matmul(&down.flatten_from(1)?)?.reshape(shape)?;
+            return Self::dense(geometry, weight);
+        }
+        let up = Some(ops::Linear::new(up, None)?);
+        let map = map(geometry, down)?;
+        Ok(Self { map, up })
     }
 
     /// `ΔW` at a site, in the shape of its weight.
@@ -243,36 +189,48 @@ impl Term {
     /// # Errors
     /// Another number of dimensions than the site's kind has.
     pub fn dense(geometry: Option<ConvGeometry>, weight: Tensor) -> Result<Self> {
-        let Some(at) = geometry else {
-            return Ok(Self::Dense(ops::Linear::new(weight, None)?));
-        };
-        let conv = ops::Conv2d::new(weight, None, at.stride, at.padding)?;
-        Ok(match at.upsampled {
-            true => Self::DenseUpsampled(ops::UpsampledConv2d::new(conv)),
-            false => Self::DenseConv(conv),
-        })
+        let map = map(geometry, weight)?;
+        Ok(Self { map, up: None })
     }
+}
 
-    /// `y` and what this term makes of `x`.
-    fn add(&self, x: &Tensor, y: &Tensor, size: Option<[usize; 2]>) -> Result<Tensor> {
-        let doubled = || match size {
-            Some(size) => Ok(size),
-            None => candle_core::bail!("a delta for a doubled picture at a site that doubles none"),
-        };
-        match self {
-            Self::LowRank { down, up } => up.forward_add(&down.forward(x)?, y),
-            Self::Dense(delta) => delta.forward_add(x, y),
-            Self::LowRankConv { down, up } => up.forward_add(&down.forward(x)?, y),
-            Self::DenseConv(delta) => delta.forward_add(x, y),
-            Self::LowRankUpsampled { down, up } => up.forward_add(&down.forward(x, doubled()?)?, y),
-            Self::DenseUpsampled(delta) => y + delta.forward(x, doubled()?)?,
-        }
-    }
+/// The map with this weight that lies as a site does.
+fn map(geometry: Option<ConvGeometry>, weight: Tensor) -> Result<Map> {
+    let Some(at) = geometry else {
+        return Ok(Map::Linear(ops::Linear::new(weight, None)?));
+    };
+    let conv = ops::Conv2d::new(weight, None, at.stride, at.padding)?;
+    Ok(match at.upsampled {
+        true => Map::Upsampled(ops::UpsampledConv2d::new(conv)),
+        false => Map::Conv2d(conv),
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device};
+
     use super::*;
+
+    #[test]
+    fn factors_as_large_as_the_weight_are_multiplied_once() -> Result<()> {
+        let linear = |outputs, rank, inputs| -> Result<bool> {
+            let factor = |shape| Tensor::ones(shape, DType::F32, &Device::Cpu);
+            let term = Term::low_rank(None, factor((rank, inputs))?, factor((outputs, rank))?)?;
+            let x = factor((1, inputs))?;
+            let y = match (&term.map, &term.up) {
+                (Map::Linear(map), Some(up)) => up.forward(&map.forward(&x)?)?,
+                (Map::Linear(map), None) => map.forward(&x)?,
+                _ => unreachable!("no geometry was given"),
+            };
+            assert_eq!(y.to_vec2::<f32>()?, [vec![(rank * inputs) as f32; outputs]]);
+            Ok(term.up.is_none())
+        };
+        assert!(!linear(48, 16, 48)?);
+        assert!(linear(48, 24, 48)?);
+        assert!(linear(48, 64, 128)?);
+        Ok(())
+    }
 
     #[test]
     fn rows_of_one_set_are_taken_together() {
@@ -287,19 +245,26 @@ mod tests {
             Some(b.clone()),
             Some(a),
         ]);
-        let ranges = |start: fn(usize) -> usize| -> Vec<(Range<usize>, bool)> {
-            let parts = batch.deltas().at(3, start).unwrap();
-            parts
-                .into_iter()
-                .map(|(rows, delta)| (rows, delta.is_some()))
-                .collect()
-        };
+        let parts: Vec<_> = batch
+            .deltas()
+            .at(3)
+            .unwrap()
+            .into_iter()
+            .map(|(rows, delta)| (rows, delta.is_some()))
+            .collect();
         let expected = [(0..2, false), (2..4, true), (4..5, false), (5..6, true)];
-        assert_eq!(ranges(|row| row), expected);
-        assert_eq!(ranges(|row| row * 77)[1].0, 154..308);
-        assert!(batch.deltas().at(2, |row| row).is_none());
-        assert!(batch.deltas().at(99, |row| row).is_none());
+        assert_eq!(parts, expected);
+        let beside: Vec<_> = batch
+            .deltas()
+            .beside(3, |row| row * 77)
+            .into_iter()
+            .map(|one| one.rows)
+            .collect();
+        assert_eq!(beside, [154..308, 385..462]);
         let none = DeltaBatch::new([None, None]);
-        assert!(none.deltas().at(3, |row| row).is_none());
+        for (batch, site) in [(&batch, 2), (&batch, 99), (&none, 3)] {
+            assert!(batch.deltas().at(site).is_none());
+            assert!(batch.deltas().beside(site, |row| row).is_empty());
+        }
     }
 }

@@ -6,11 +6,11 @@ use candle_core::{Result, Tensor};
 
 use super::{
     ConvGeometry, Deltas, LoadError, Site, SiteDelta, SiteKind,
-    deltas::{adapt, each_part},
+    deltas::each_part,
     modules::{BaseWeight, Record},
     weights::Weights,
 };
-use crate::ops;
+use crate::ops::{self, Then};
 
 /// A place in a part's module tree while it is loaded.
 #[derive(Debug, Clone)]
@@ -144,10 +144,8 @@ impl Linear {
 
     /// `forward(x) + y`; `y` is `[rows, .., out]`.
     pub fn forward_add(&self, x: &Tensor, y: &Tensor, deltas: Deltas) -> Result<Tensor> {
-        if deltas.at(self.site, |row| row).is_some() {
-            return self.forward(x, deltas)? + y;
-        }
-        self.inner.forward_add(x, y)
+        let beside = deltas.beside(self.site, |row| row);
+        self.inner.run(x, Then::Add(y), &beside)
     }
 
     /// [`Linear::forward`] of rows that differ in length and follow each other: row `i` of the forward
@@ -158,8 +156,8 @@ impl Linear {
         deltas: Deltas,
         start: impl Fn(usize) -> usize,
     ) -> Result<Tensor> {
-        let y = self.inner.forward(x)?;
-        adapt(deltas.at(self.site, start), x, y, self.inner.bias(), None)
+        let beside = deltas.beside(self.site, start);
+        self.inner.run(x, Then::Nothing, &beside)
     }
 }
 
@@ -230,26 +228,22 @@ impl Conv2d {
 
     /// `x` is `[b, h, w, in]`; the result `[b, h', w', out]`.
     pub fn forward(&self, x: &Tensor, deltas: Deltas) -> Result<Tensor> {
-        let y = self.inner.forward(x)?;
-        let parts = deltas.at(self.site, |row| row);
-        adapt(parts, x, y, self.inner.bias(), None)
+        self.run(x, Then::Nothing, deltas)
     }
 
     /// `forward(x) + y`; `y` is `[b, h', w', out]`.
     pub fn forward_add(&self, x: &Tensor, y: &Tensor, deltas: Deltas) -> Result<Tensor> {
-        if deltas.at(self.site, |row| row).is_some() {
-            return self.forward(x, deltas)? + y;
-        }
-        self.inner.forward_add(x, y)
+        self.run(x, Then::Add(y), deltas)
     }
 
     /// `forward(x) + y`; `y` is `[b, out]`, one row for all positions of an item.
     pub fn forward_shift(&self, x: &Tensor, y: &Tensor, deltas: Deltas) -> Result<Tensor> {
-        if deltas.at(self.site, |row| row).is_some() {
-            let y = y.unsqueeze(1)?.unsqueeze(1)?;
-            return self.forward(x, deltas)?.broadcast_add(&y);
-        }
-        self.inner.forward_shift(x, y)
+        self.run(x, Then::Shift(y), deltas)
+    }
+
+    fn run(&self, x: &Tensor, then: Then, deltas: Deltas) -> Result<Tensor> {
+        let beside = deltas.beside(self.site, |row| row);
+        self.inner.run(x, then, &beside)
     }
 }
 
@@ -257,7 +251,6 @@ impl Conv2d {
 #[derive(Debug, Clone)]
 pub struct UpsampledConv2d {
     inner: ops::UpsampledConv2d,
-    bias: Option<Tensor>,
     site: usize,
 }
 
@@ -265,7 +258,6 @@ impl UpsampledConv2d {
     pub(super) fn load(scope: &Scope, channels: usize) -> std::result::Result<Self, LoadError> {
         let conv = Conv2d::load_at(scope, ConvShape::same(channels, channels, 3), true)?;
         Ok(Self {
-            bias: conv.inner.bias().cloned(),
             inner: ops::UpsampledConv2d::new(conv.inner),
             site: conv.site,
         })
@@ -274,9 +266,8 @@ impl UpsampledConv2d {
     /// `x` is `[b, h, w, c]`; the result `[b, size[0], size[1], c]`, where a size is the double or one
     /// less.
     pub fn forward(&self, x: &Tensor, size: [usize; 2], deltas: Deltas) -> Result<Tensor> {
-        let y = self.inner.forward(x, size)?;
-        let parts = deltas.at(self.site, |row| row);
-        adapt(parts, x, y, self.bias.as_ref(), Some(size))
+        let beside = deltas.beside(self.site, |row| row);
+        self.inner.run(x, size, &beside)
     }
 }
 
@@ -369,7 +360,7 @@ fn adapt_norm(
     deltas: Deltas,
     norm: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let Some(parts) = deltas.at(site, |row| row) else {
+    let Some(parts) = deltas.at(site) else {
         return norm(x, weight, bias);
     };
     let sum = |own: &Tensor, more: Option<&Tensor>| match more {

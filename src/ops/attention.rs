@@ -6,7 +6,7 @@ use super::gemm::{self, Matrix, Packed};
 use super::host::Out;
 use super::kernel::Kernel;
 use super::simd::{Level, exp, vectorised};
-use super::{host, parallel, reference};
+use super::{host, parallel, product, reference};
 
 /// Scores that a task holds at a time, in numbers: 512 kB stay in the second-level cache.
 const SCORES: usize = 1 << 17;
@@ -133,7 +133,14 @@ impl Shape {
                 // of `out`.
                 unsafe {
                     let scores_at = scores.as_mut_ptr();
-                    gemm::product_here(kernel, keys, [first, rows], &queries, scores_at, self.keys);
+                    product::product_here(
+                        kernel,
+                        keys,
+                        [first, rows],
+                        &queries,
+                        scores_at,
+                        self.keys,
+                    );
                     let sums = self.softmax(kernel.level, first, scores);
                     let scores = Matrix {
                         numbers: scores,
@@ -142,7 +149,7 @@ impl Shape {
                     };
                     let at = |row: usize| start(item, self.queries) + (first + row) * width;
                     let head = out.ptr().add(at(0));
-                    gemm::product_here(kernel, values, [0, rows], &scores, head, width);
+                    product::product_here(kernel, values, [0, rows], &scores, head, width);
                     for (row, sum) in sums.iter().enumerate() {
                         let factor = 1.0 / sum;
                         for number in out.part(at(row), d) {

@@ -1,8 +1,10 @@
 use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
-use super::gemm::{self, Finish, Packed, Rows, Target};
+use super::beside::{self, Beside, Map, Then};
+use super::gemm::{self, Packed, Rows};
 use super::linear::pack;
+use super::product::{self, Target};
 use super::{host, reference};
 
 /// A prepared 2-D convolution over channels-last pictures.
@@ -75,72 +77,136 @@ impl Conv2d {
     /// # Errors
     /// If `x` has another number of channels, or is smaller than the kernel.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, None, Then::Nothing)
+        self.run(x, Then::Nothing, &[])
     }
 
-    /// `forward(x) + y`, where `y` has the shape of the result: the sum costs nothing on the way.
+    /// [`Conv2d::forward`], and what is `beside` it, and `then`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn forward_add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-        self.run(x, None, Then::Add(y))
-    }
-
-    /// `forward(x) + y`, where `y` is `[b, out]`, the same for all positions of an item.
-    ///
-    /// # Errors
-    /// If the shapes do not fit.
-    pub fn forward_shift(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-        self.run(x, None, Then::Shift(y))
+    pub fn run(&self, x: &Tensor, then: Then, beside: &[Beside]) -> Result<Tensor> {
+        if let Some(y) = self.packed_run(x, None, then, beside, |map| match map {
+            Map::Conv2d(map) => self.packed_like(map),
+            _ => None,
+        })? {
+            return Ok(y);
+        }
+        if beside.is_empty() {
+            return then.add(self.reference(x)?);
+        }
+        let run = |x: &Tensor, then: Then, beside: &[Beside]| self.run(x, then, beside);
+        beside::composed(x, then, beside, self.bias.as_ref(), None, &run)
     }
 
     /// The convolution of `x`, doubled in size by repeating every pixel and cut to `size` (height and
-    /// width, at most the double). On a CPU the large picture never exists.
-    pub(super) fn forward_upsampled(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
+    /// width, at most the double), and what is `beside` it. On a CPU the large picture never exists.
+    pub(super) fn run_upsampled(
+        &self,
+        x: &Tensor,
+        size: [usize; 2],
+        beside: &[Beside],
+    ) -> Result<Tensor> {
         let (_, h, w, _) = x.dims4()?;
         if size[0] > 2 * h || size[1] > 2 * w {
             bail!("conv2d: {h}x{w} doubled does not reach {size:?}")
         }
-        self.run(x, Some(size), Then::Nothing)
+        if let Some(y) = self.packed_run(x, Some(size), Then::Nothing, beside, |map| match map {
+            Map::Upsampled(map) => self.packed_like(map.conv()),
+            _ => None,
+        })? {
+            return Ok(y);
+        }
+        if beside.is_empty() {
+            let large = reference::upsample_nearest_2x(x)?;
+            return self.reference(&large.narrow(1, 0, size[0])?.narrow(2, 0, size[1])?);
+        }
+        let run = |x: &Tensor, _: Then, beside: &[Beside]| self.run_upsampled(x, size, beside);
+        let bias = self.bias.as_ref();
+        beside::composed(x, Then::Nothing, beside, bias, Some(size), &run)
     }
 
-    fn run(&self, x: &Tensor, upsampled: Option<[usize; 2]>, then: Then) -> Result<Tensor> {
-        let more = match then {
-            Then::Nothing => None,
-            Then::Add(y) | Then::Shift(y) => Some(y),
-        };
-        if let Weight::Packed { packed, kernel } = &self.weight
-            && host::is_plain(more.into_iter().chain([x]))
-        {
-            return forward(
-                packed,
-                *kernel,
-                self.stride,
-                self.padding,
-                x,
-                upsampled,
-                then,
-            );
-        }
-        let large = match upsampled {
-            Some([h, w]) => {
-                let large = reference::upsample_nearest_2x(x)?;
-                Some(large.narrow(1, 0, h)?.narrow(2, 0, w)?)
+    fn reference(&self, x: &Tensor) -> Result<Tensor> {
+        let bias = self.bias.as_ref();
+        reference::conv2d(x, &self.weight()?, bias, self.stride, self.padding)
+    }
+
+    /// The packed weight of `other`, if it walks over a picture as this one does.
+    fn packed_like<'a>(&self, other: &'a Self) -> Option<&'a Packed> {
+        match (&self.weight, &other.weight) {
+            (Weight::Packed { kernel: own, .. }, Weight::Packed { kernel, packed }) => {
+                (own == kernel && self.stride == other.stride && self.padding == other.padding)
+                    .then_some(packed)
             }
-            None => None,
-        };
-        let y = reference::conv2d(
-            large.as_ref().unwrap_or(x),
-            &self.weight()?,
-            self.bias.as_ref(),
-            self.stride,
-            self.padding,
-        )?;
-        match then {
-            Then::Nothing => Ok(y),
-            Then::Add(more) => y + more,
-            Then::Shift(more) => y.broadcast_add(&more.unsqueeze(1)?.unsqueeze(1)?),
+            _ => None,
         }
+    }
+
+    /// `None` where not all is packed.
+    fn packed_run<'a>(
+        &self,
+        x: &Tensor,
+        upsampled: Option<[usize; 2]>,
+        then: Then,
+        beside: &[Beside<'a>],
+        like: impl Fn(&'a Map) -> Option<&'a Packed>,
+    ) -> Result<Option<Tensor>> {
+        let Weight::Packed {
+            packed: weight,
+            kernel,
+        } = &self.weight
+        else {
+            return Ok(None);
+        };
+        if !host::is_plain(then.tensor().into_iter().chain([x])) {
+            return Ok(None);
+        }
+        let (b, stored_h, stored_w, c) = x.dims4()?;
+        if c != weight.depth {
+            bail!("conv2d: {c} channels in an input for {}", weight.depth)
+        }
+        let [top, bottom, left, right] = self.padding;
+        let [h, w] = upsampled.unwrap_or([stored_h, stored_w]);
+        let (ph, pw) = (h + top + bottom, w + left + right);
+        if ph < kernel[0] || pw < kernel[1] {
+            bail!("conv2d: a padded input of {ph}x{pw} is smaller than the kernel {kernel:?}")
+        }
+        let size = [ph - kernel[0], pw - kernel[1]].map(|room| room / self.stride + 1);
+        let shape = [b, size[0], size[1], weight.outputs];
+        let more = then.tensor();
+        if let Some(more) = more
+            && more.dims() != then.shape(&shape)
+        {
+            bail!("conv2d: {:?} to be added to {shape:?}", more.dims())
+        }
+        let per_row = size[0] * size[1];
+        let Some(runs) = beside::runs(beside, weight, per_row, like)? else {
+            return Ok(None);
+        };
+        let y = host::with_slices([x, more.unwrap_or(x)], |[numbers, more]| {
+            let zeros = vec![0.0; c];
+            let source = Patches {
+                numbers,
+                zeros: &zeros,
+                stored: [stored_h, stored_w],
+                doubled: upsampled.is_some(),
+                input: [h, w],
+                output: size,
+                kernel: *kernel,
+                stride: self.stride,
+                padding: [top, left],
+            };
+            let target = Target::Rows(then.finish(more, per_row));
+            let kernel = gemm::current_kernel();
+            // SAFETY: the shape is `b * per_row` rows of numbers, and `product` writes them all;
+            // `beside::runs` has checked the runs.
+            unsafe {
+                host::new_tensor(&shape, |out| {
+                    product::product(&kernel, weight, b * per_row, &source, &runs, target, out);
+                    Ok(())
+                })
+            }
+        })?;
+        Ok(Some(y))
     }
 
     /// The weight as `[out, in, kh, kw]`; unpacked, that is copied, on every call.
@@ -168,82 +234,9 @@ impl Conv2d {
     }
 
     /// The bias, `[out]`.
-    pub fn bias(&self) -> Option<&Tensor> {
+    pub(super) fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
-}
-
-/// What is added to a convolution's result.
-#[derive(Clone, Copy)]
-enum Then<'a> {
-    Nothing,
-    /// `[b, h', w', out]`.
-    Add(&'a Tensor),
-    /// `[b, out]`.
-    Shift(&'a Tensor),
-}
-
-fn forward(
-    weight: &Packed,
-    kernel: [usize; 2],
-    stride: usize,
-    [top, bottom, left, right]: [usize; 4],
-    x: &Tensor,
-    upsampled: Option<[usize; 2]>,
-    then: Then,
-) -> Result<Tensor> {
-    let (b, stored_h, stored_w, c) = x.dims4()?;
-    if c != weight.depth {
-        bail!("conv2d: {c} channels in an input for {}", weight.depth)
-    }
-    let [h, w] = upsampled.unwrap_or([stored_h, stored_w]);
-    let (ph, pw) = (h + top + bottom, w + left + right);
-    if ph < kernel[0] || pw < kernel[1] {
-        bail!("conv2d: a padded input of {ph}x{pw} is smaller than the kernel {kernel:?}")
-    }
-    let size = [(ph - kernel[0]) / stride + 1, (pw - kernel[1]) / stride + 1];
-    let (more, expected) = match then {
-        Then::Nothing => (x, x.dims().to_vec()),
-        Then::Add(y) => (y, vec![b, size[0], size[1], weight.outputs]),
-        Then::Shift(y) => (y, vec![b, weight.outputs]),
-    };
-    if more.dims() != expected {
-        bail!(
-            "conv2d: {:?} to be added, expected {expected:?}",
-            more.dims()
-        )
-    }
-    host::with_slices([x, more], |[numbers, more]| {
-        let zeros = vec![0.0; c];
-        let source = Patches {
-            numbers,
-            zeros: &zeros,
-            stored: [stored_h, stored_w],
-            doubled: upsampled.is_some(),
-            input: [h, w],
-            output: size,
-            kernel,
-            stride,
-            padding: [top, left],
-        };
-        let finish = match then {
-            Then::Nothing => Finish::Nothing,
-            Then::Add(_) => Finish::Add(more),
-            Then::Shift(_) => Finish::Shift {
-                shifts: more,
-                rows: size[0] * size[1],
-            },
-        };
-        let rows = b * size[0] * size[1];
-        // SAFETY: the shape is `rows * outputs` numbers, and `product` writes them all.
-        unsafe {
-            host::new_tensor((b, size[0], size[1], weight.outputs), |out| {
-                let target = Target::Rows(finish);
-                gemm::product(&gemm::current_kernel(), weight, rows, &source, target, out);
-                Ok(())
-            })
-        }
-    })
 }
 
 /// The patches under a kernel, one row for each output pixel, one tap for each kernel position.

@@ -6,7 +6,7 @@
 //! k alone, and [`kernel`](super::kernel) keeps the order inside a block, so a row of the result is
 //! the same to the last bit in any batch and on any number of threads.
 
-use super::host::{self, Out, Place};
+use super::host::Place;
 use super::kernel::{self, COLS, Call, Kernel, Line};
 use super::parallel;
 use std::ops::Range;
@@ -14,14 +14,6 @@ use std::ops::Range;
 /// The longest piece of a sum kept in registers: `320 * 64` bytes of a panel and 6 rows of 320
 /// numbers fill the 32 kB of a first-level cache, and Stable Diffusion's widths divide by it.
 const BLOCK: usize = 320;
-/// Rows of one task: their piece of a block stays in the second-level cache.
-const TILE: usize = 96;
-/// Panels whose results are kept in the second-level cache while the blocks are added up.
-const STRIP: usize = 32;
-/// Weights that a task may stream while other tasks use the same, in lines: 2 MB.
-const CHUNK_LINES: usize = 1 << 15;
-/// Below this many floating-point operations one thread is faster than two.
-const SERIAL: usize = 400_000;
 
 /// A weight `[out, taps * depth]` in panels of 16 outputs: `[panel][tap][depth][16]`, the last
 /// panel filled up with zeros; and its bias.
@@ -32,6 +24,7 @@ pub(super) struct Packed {
     pub depth: usize,
     lines: Vec<Line>,
     bias: Option<Vec<f32>>,
+    blocks: Vec<Block>,
 }
 
 impl std::fmt::Debug for Packed {
@@ -79,6 +72,7 @@ impl Packed {
             depth,
             lines,
             bias,
+            blocks: blocks(taps, depth),
         }
     }
 
@@ -120,6 +114,7 @@ impl Packed {
             depth,
             lines,
             bias: None,
+            blocks: blocks(1, depth),
         }
     }
 
@@ -164,7 +159,7 @@ impl Packed {
 }
 
 /// A piece of the sum over k that is kept in registers.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy)]
 struct Block {
     tap: usize,
     taps: usize,
@@ -231,249 +226,105 @@ unsafe impl Rows for Matrix<'_> {
     }
 }
 
-/// What is still added to the numbers of a product, while they are in the cache.
-#[derive(Clone, Copy)]
-pub(super) enum Finish<'a> {
-    Nothing,
-    /// A number for each of the product's.
-    Add(&'a [f32]),
-    /// A row for every `rows` rows of the product.
-    Shift {
-        shifts: &'a [f32],
-        rows: usize,
-    },
-}
-
-impl Finish<'_> {
-    /// Finishes columns `first..` of `row`, of rows as wide as `width`.
-    fn apply(&self, row: usize, width: usize, first: usize, numbers: &mut [f32]) {
-        let more = match self {
-            Self::Nothing => return,
-            Self::Add(more) => &more[row * width..],
-            Self::Shift { shifts, rows } => &shifts[row / rows * width..],
-        };
-        for (number, more) in numbers.iter_mut().zip(&more[first..]) {
-            *number += more;
-        }
-    }
-}
-
-/// How a product is cut into tasks: tiles of rows by chunks of panels.
-struct Cut {
-    tile: usize,
-    tiles: usize,
-    chunk: usize,
-    chunks: usize,
-}
-
-impl Cut {
-    fn new(kernel: &Kernel, weight: &Packed, rows: usize) -> Self {
-        let per_panel = weight.taps * weight.depth;
-        let panels = weight.panels();
-        let flops = 2 * rows * per_panel * weight.outputs;
-        let threads = parallel::threads();
-        let wanted = if flops < SERIAL || threads == 1 {
-            1
-        } else {
-            (4 * threads).min(flops.div_ceil(SERIAL / 2))
-        };
-        let tile = even_pieces(rows, TILE, kernel.rows);
-        let tiles = rows.div_ceil(tile);
-        let mut chunk = panels;
-        if tiles > 1 {
-            chunk = chunk.min((CHUNK_LINES / per_panel.max(1)).max(1));
-        }
-        let split = wanted
-            .div_ceil(tiles)
-            .max(panels.div_ceil(chunk))
-            .min(panels);
-        let chunk = panels.div_ceil(split);
-        Self {
-            tile,
-            tiles,
-            chunk,
-            chunks: panels.div_ceil(chunk),
-        }
-    }
-}
-
-/// Where the rows of a product go.
-#[derive(Clone, Copy)]
-pub(super) enum Target<'a> {
-    /// One after the other, with what is still to be done to them.
-    Rows(Finish<'a>),
-    /// Row `i` to the row this says.
-    Scattered(&'a (dyn Fn(usize) -> usize + Sync)),
-}
-
-/// `out[row, :] = bias + rows[row] · weight` for `rows` rows, to where `target` says.
-///
-/// # Safety
-/// `out` has room for the rows of `weight.outputs` numbers that `target` names, no two of them the
-/// same; all their numbers are written.
-pub(super) unsafe fn product(
-    kernel: &Kernel,
-    weight: &Packed,
-    rows: usize,
-    source: &impl Rows,
-    target: Target,
-    out: Out,
-) {
-    if rows == 0 || weight.outputs == 0 {
-        return;
-    }
-    let cut = Cut::new(kernel, weight, rows);
-    let blocks = blocks(weight.taps, weight.depth);
-    let width = weight.outputs;
-    let task = |task: usize| {
-        // Neighbouring tasks share weights, so that two threads read them from memory once.
-        let (chunk, tile) = (task / cut.tiles, task % cut.tiles);
-        let first = tile * cut.tile;
-        let count = cut.tile.min(rows - first);
-        let table = Table::new(kernel, weight.taps, source, first, count);
-        let panels = chunk * cut.chunk..weight.panels().min((chunk + 1) * cut.chunk);
-        let strips = panels.clone().step_by(STRIP);
-        let strip = |start: usize| start..panels.end.min(start + STRIP);
-        match target {
-            Target::Rows(finish) => {
-                for start in strips {
-                    // SAFETY: row tiles and panels lie inside `out`, and tasks differ in one.
-                    unsafe {
-                        let out = out.ptr().add(first * width);
-                        multiply_strip(kernel, weight, strip(start), &blocks, &table, out, width);
-                    }
-                    let columns = start * COLS..width.min(strip(start).end * COLS);
-                    for row in first..first + count {
-                        // SAFETY: as above; the kernel has written these numbers.
-                        let numbers =
-                            unsafe { out.part(row * width + columns.start, columns.len()) };
-                        finish.apply(row, width, columns.start, numbers);
-                    }
-                }
-            }
-            Target::Scattered(place) => host::with_scratch(count * width, |scratch| {
-                for start in strips {
-                    let out = scratch.as_mut_ptr();
-                    // SAFETY: `scratch` has room for the tile's rows.
-                    unsafe {
-                        multiply_strip(kernel, weight, strip(start), &blocks, &table, out, width)
-                    };
-                }
-                let columns = panels.start * COLS..width.min(panels.end * COLS);
-                for (row, numbers) in scratch.chunks_exact(width).enumerate() {
-                    let to = place(first + row) * width + columns.start;
-                    // SAFETY: the caller's promise; tasks differ in rows or in columns.
-                    let out = unsafe { out.part(to, columns.len()) };
-                    out.copy_from_slice(&numbers[columns.clone()]);
-                }
-            }),
-        }
-    };
-    match cut.tiles * cut.chunks {
-        1 => task(0),
-        tasks => parallel::run(tasks, task),
-    }
-}
-
-/// `out[row, :] = rows[row] · weight` for rows `first..first + count` on this thread, the rows of
-/// `out` `out_stride` apart.
-///
-/// # Safety
-/// `out` is good for `count` rows of `weight.outputs` numbers; all of them are written.
-pub(super) unsafe fn product_here(
-    kernel: &Kernel,
-    weight: &Packed,
-    [first, count]: [usize; 2],
-    source: &impl Rows,
-    out: *mut f32,
-    out_stride: usize,
-) {
-    let table = Table::new(kernel, weight.taps, source, first, count);
-    let blocks = blocks(weight.taps, weight.depth);
-    for start in (0..weight.panels()).step_by(STRIP) {
-        let strip = start..weight.panels().min(start + STRIP);
-        // SAFETY: the caller's promise.
-        unsafe { multiply_strip(kernel, weight, strip, &blocks, &table, out, out_stride) };
-    }
-}
-
-/// All blocks of a few panels for the rows of a tile.
-///
-/// # Safety
-/// `out` points at the tile's first row, in rows `out_stride` apart.
-unsafe fn multiply_strip(
-    kernel: &Kernel,
-    weight: &Packed,
-    strip: Range<usize>,
-    blocks: &[Block],
-    table: &Table,
-    out: *mut f32,
-    out_stride: usize,
-) {
-    for block in blocks {
-        for panel in strip.clone() {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let out = out.add(panel * COLS);
-                multiply(kernel, weight, panel, block, table, out, out_stride);
-            }
-        }
-    }
-}
-
 /// The pointers of a row tile, `[group][tap][kernel.rows]`.
-struct Table {
+pub(super) struct Table {
     pointers: Vec<*const f32>,
-    rows: usize,
+    pub taps: usize,
+    pub rows: usize,
 }
 
 impl Table {
-    fn new(kernel: &Kernel, taps: usize, source: &impl Rows, first: usize, rows: usize) -> Self {
+    /// Rows `first..first + rows` of `source`.
+    pub(super) fn new(
+        kernel: &Kernel,
+        taps: usize,
+        source: &impl Rows,
+        first: usize,
+        rows: usize,
+    ) -> Self {
         let group = taps * kernel.rows;
         let mut pointers = vec![std::ptr::null(); rows.div_ceil(kernel.rows) * group];
         for row in 0..rows {
             let at = row / kernel.rows * group + row % kernel.rows;
             source.point(first + row, kernel.rows, &mut pointers[at..]);
         }
-        Self { pointers, rows }
+        Self {
+            pointers,
+            taps,
+            rows,
+        }
     }
 }
 
-/// One block of one panel for all rows of a tile.
-///
-/// # Safety
-/// `out` points at the tile's first row and the panel's first column, in rows `out_stride` apart.
-unsafe fn multiply(
-    kernel: &Kernel,
-    weight: &Packed,
-    panel: usize,
-    block: &Block,
-    table: &Table,
-    out: *mut f32,
-    out_stride: usize,
-) {
-    let lines = &weight.panel(panel)[block.tap * weight.depth + block.offset..];
-    let group = weight.taps * kernel.rows;
-    for (g, pointers) in table.pointers.chunks_exact(group).enumerate() {
-        let first = g * kernel.rows;
-        let call = Call {
-            pointers: pointers[block.tap * kernel.rows..].as_ptr(),
-            stride: kernel.rows,
-            offset: block.offset,
-            taps: block.taps,
-            depth: block.depth,
-            panel: lines.as_ptr(),
-            bias: weight.panel_bias(panel),
-            // SAFETY: the caller's promise.
-            out: unsafe { out.add(first * out_stride) },
-            out_stride,
-            rows: kernel.rows.min(table.rows - first),
-            cols: weight.panel_outputs(panel),
-            accumulate: block.tap + block.offset > 0,
-        };
-        // SAFETY: the table's pointers are good for `depth` numbers (`Rows`); the block lies inside
-        // the panel: either whole taps in a row, or a piece of one tap.
-        unsafe { kernel.run(&call) };
+/// A row tile's numbers being computed on this thread.
+pub(super) struct Tile<'a> {
+    pub kernel: &'a Kernel,
+    pub table: &'a Table,
+    /// The tile's first row, in rows `stride` apart.
+    pub out: *mut f32,
+    pub stride: usize,
+    pub write: Write,
+}
+
+/// How a tile's numbers are written.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Write {
+    /// The bias and the sum, in place of what was there.
+    Fresh,
+    /// As [`Write::Fresh`], with the last panel's padding.
+    Padded,
+    /// The sum, added to what is there.
+    Onto,
+}
+
+impl Tile<'_> {
+    /// Panels `panels` of the rows' product with `weight`.
+    ///
+    /// # Safety
+    /// `out` is good for the table's rows of `weight.outputs` numbers (with the padding, if that is
+    /// written), which nobody else touches; the panels' are written. The table's pointers are those of
+    /// the weight's taps and depth.
+    pub(super) unsafe fn multiply(&self, weight: &Packed, panels: Range<usize>) {
+        for block in &weight.blocks {
+            for panel in panels.clone() {
+                // SAFETY: passed on to the caller.
+                unsafe { self.multiply_block(weight, panel, block) };
+            }
+        }
+    }
+
+    /// One block of one panel for all rows.
+    ///
+    /// # Safety
+    /// As [`Tile::multiply`].
+    unsafe fn multiply_block(&self, weight: &Packed, panel: usize, block: &Block) {
+        let (kernel, table) = (self.kernel, self.table);
+        let lines = &weight.panel(panel)[block.tap * weight.depth + block.offset..];
+        let group = weight.taps * kernel.rows;
+        for (g, pointers) in table.pointers.chunks_exact(group).enumerate() {
+            let first = g * kernel.rows;
+            let call = Call {
+                pointers: pointers[block.tap * kernel.rows..].as_ptr(),
+                stride: kernel.rows,
+                offset: block.offset,
+                taps: block.taps,
+                depth: block.depth,
+                panel: lines.as_ptr(),
+                bias: weight.panel_bias(panel),
+                // SAFETY: the caller's promise.
+                out: unsafe { self.out.add(first * self.stride + panel * COLS) },
+                out_stride: self.stride,
+                rows: kernel.rows.min(table.rows - first),
+                cols: match self.write {
+                    Write::Padded => COLS,
+                    _ => weight.panel_outputs(panel),
+                },
+                accumulate: self.write == Write::Onto || block.tap + block.offset > 0,
+            };
+            // SAFETY: the table's pointers are good for `depth` numbers (`Rows`); the block lies inside
+            // the panel: either whole taps in a row, or a piece of one tap.
+            unsafe { kernel.run(&call) };
+        }
     }
 }
 

@@ -1,7 +1,9 @@
 use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
-use super::gemm::{self, Finish, Matrix, Packed, Target};
+use super::beside::{self, Beside, Map, Then};
+use super::gemm::{self, Matrix, Packed};
+use super::product::{self, Target};
 use super::{host, reference};
 
 /// A prepared affine map `y = x Wᵀ + b`.
@@ -48,20 +50,32 @@ impl Linear {
     /// # Errors
     /// If the last dimension of `x` is not `in`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.weight {
-            Weight::Packed(packed) if host::is_plain([x]) => forward(packed, x, None),
-            _ => reference::linear(x, &self.weight()?, self.bias.as_ref()),
-        }
+        self.run(x, Then::Nothing, &[])
     }
 
-    /// `forward(x) + y`, where `y` has the shape of the result: the sum costs nothing on the way.
+    /// [`Linear::forward`], and what is `beside` it, and `then`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn forward_add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    pub fn run(&self, x: &Tensor, then: Then, beside: &[Beside]) -> Result<Tensor> {
+        if let Weight::Packed(packed) = &self.weight
+            && host::is_plain(then.tensor().into_iter().chain([x]))
+            && let Some(y) = forward(packed, x, then, beside)?
+        {
+            return Ok(y);
+        }
+        if beside.is_empty() {
+            let y = reference::linear(x, &self.weight()?, self.bias.as_ref())?;
+            return then.add(y);
+        }
+        let run = |x: &Tensor, then: Then, beside: &[Beside]| self.run(x, then, beside);
+        beside::composed(x, then, beside, self.bias.as_ref(), None, &run)
+    }
+
+    pub(super) fn packed(&self) -> Option<&Packed> {
         match &self.weight {
-            Weight::Packed(packed) if host::is_plain([x, y]) => forward(packed, x, Some(y)),
-            _ => reference::linear(x, &self.weight()?, self.bias.as_ref())? + y,
+            Weight::Packed(packed) => Some(packed),
+            Weight::Plain(_) => None,
         }
     }
 
@@ -74,11 +88,6 @@ impl Linear {
             Weight::Packed(p) => Tensor::from_vec(p.unpack(), (p.outputs, p.depth), &Device::Cpu),
             Weight::Plain(weight) => Ok(weight.clone()),
         }
-    }
-
-    /// The bias, `[out]`.
-    pub fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
     }
 }
 
@@ -100,7 +109,8 @@ pub(super) fn pack(
     }
 }
 
-fn forward(weight: &Packed, x: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
+/// `None` where something beside the map is not packed.
+fn forward(weight: &Packed, x: &Tensor, then: Then, beside: &[Beside]) -> Result<Option<Tensor>> {
     let mut shape = x.dims().to_vec();
     match shape.last_mut() {
         Some(last) if *last == weight.depth => *last = weight.outputs,
@@ -110,29 +120,39 @@ fn forward(weight: &Packed, x: &Tensor, add: Option<&Tensor>) -> Result<Tensor> 
             weight.depth
         ),
     }
-    if let Some(add) = add
-        && add.dims() != shape
+    let more = then.tensor();
+    if let Some(more) = more
+        && more.dims() != then.shape(&shape)
     {
-        bail!("linear: {:?} to be added to {shape:?}", add.dims())
+        bail!("linear: {:?} to be added to {shape:?}", more.dims())
     }
     let rows = x.elem_count() / weight.depth;
-    host::with_slices([x, add.unwrap_or(x)], |[numbers, more]| {
+    let per_row = rows / shape[0].max(1);
+    fn packed(map: &Map) -> Option<&Packed> {
+        match map {
+            Map::Linear(map) => map.packed(),
+            _ => None,
+        }
+    }
+    let Some(runs) = beside::runs(beside, weight, per_row, packed)? else {
+        return Ok(None);
+    };
+    let y = host::with_slices([x, more.unwrap_or(x)], |[numbers, more]| {
         let source = Matrix {
             numbers,
             depth: weight.depth,
             stride: weight.depth,
         };
-        let finish = match add {
-            Some(_) => Finish::Add(more),
-            None => Finish::Nothing,
-        };
-        // SAFETY: the shape is `rows * outputs` numbers, and `product` writes them all.
+        let target = Target::Rows(then.finish(more, per_row));
+        let kernel = gemm::current_kernel();
+        // SAFETY: the shape is `rows * outputs` numbers, and `product` writes them all; `beside::runs`
+        // has checked the runs.
         unsafe {
             host::new_tensor(shape, |out| {
-                let target = Target::Rows(finish);
-                gemm::product(&gemm::current_kernel(), weight, rows, &source, target, out);
+                product::product(&kernel, weight, rows, &source, &runs, target, out);
                 Ok(())
             })
         }
-    })
+    })?;
+    Ok(Some(y))
 }

@@ -14,6 +14,7 @@
 //! to the last bit, as that item alone.
 
 mod attention;
+mod beside;
 mod conv;
 mod gemm;
 mod host;
@@ -23,13 +24,16 @@ mod memory;
 mod norm;
 mod parallel;
 mod pointwise;
+mod product;
 mod reference;
+mod runs;
 mod simd;
 #[cfg(test)]
 mod tests;
 mod upsample;
 
 pub use attention::attention;
+pub use beside::{Beside, Map, Term, Then};
 pub use conv::Conv2d;
 pub use linear::Linear;
 pub use memory::{give_back_freed, keep_freed};

@@ -4,8 +4,8 @@
 use super::kernel::{self, Kernel};
 use super::parallel::with_threads;
 use super::{
-    Conv2d, Linear, UpsampledConv2d, attention, concat_channels, geglu, gelu, gemm, group_norm,
-    layer_norm, quick_gelu, reference, silu,
+    Beside, Conv2d, Linear, Map, Term, Then, UpsampledConv2d, attention, beside, concat_channels,
+    geglu, gelu, gemm, group_norm, layer_norm, quick_gelu, reference, silu,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::rngs::StdRng;
@@ -287,8 +287,11 @@ fn what_is_added_on_the_way_is_added_once() {
         numbers.tensor(&[2, 101, 700]),
     );
     let sum = (linear.forward(&x).unwrap() + &y).unwrap();
-    assert_eq!(bits(&linear.forward_add(&x, &y).unwrap()), bits(&sum));
-    assert!(linear.forward_add(&x, &x).is_err());
+    assert_eq!(
+        bits(&linear.run(&x, Then::Add(&y), &[]).unwrap()),
+        bits(&sum)
+    );
+    assert!(linear.run(&x, Then::Add(&x), &[]).is_err());
 
     let w = numbers.tensor(&[19, 6, 3, 3]);
     let conv = Conv2d::new(w, Some(numbers.tensor(&[19])), 2, [1; 4]).unwrap();
@@ -296,13 +299,158 @@ fn what_is_added_on_the_way_is_added_once() {
     let plain = conv.forward(&x).unwrap();
     let y = numbers.tensor(plain.dims());
     let sum = (&plain + &y).unwrap();
-    assert_eq!(bits(&conv.forward_add(&x, &y).unwrap()), bits(&sum));
+    assert_eq!(bits(&conv.run(&x, Then::Add(&y), &[]).unwrap()), bits(&sum));
     let shift = numbers.tensor(&[3, 19]);
     let wide = shift.unsqueeze(1).unwrap().unsqueeze(1).unwrap();
     let sum = plain.broadcast_add(&wide).unwrap();
-    assert_eq!(bits(&conv.forward_shift(&x, &shift).unwrap()), bits(&sum));
-    assert!(conv.forward_shift(&x, &x).is_err());
-    assert!(conv.forward_add(&x, &x).is_err());
+    assert_eq!(
+        bits(&conv.run(&x, Then::Shift(&shift), &[]).unwrap()),
+        bits(&sum)
+    );
+    assert!(conv.run(&x, Then::Shift(&x), &[]).is_err());
+    assert!(conv.run(&x, Then::Add(&x), &[]).is_err());
+}
+
+/// All that can be beside a map: a term in full, two of low rank, a scale and a bias.
+struct Adapters {
+    terms: Vec<Term>,
+    scale: Tensor,
+    bias: Tensor,
+}
+
+impl Adapters {
+    /// Beside a map with a weight of `shape`, as `map` makes them.
+    fn new(numbers: &mut Numbers, shape: &[usize], map: impl Fn(Tensor) -> Map) -> Self {
+        let mut term = |rank: Option<usize>| {
+            let mut down = shape.to_vec();
+            down[0] = rank.unwrap_or(shape[0]);
+            let up = rank.map(|rank| numbers.tensor(&[shape[0], rank]));
+            Term {
+                map: map(numbers.tensor(&down)),
+                up: up.map(|up| Linear::new(up, None).unwrap()),
+            }
+        };
+        Self {
+            terms: vec![term(None), term(Some(3)), term(Some(32))],
+            scale: numbers.tensor(&shape[..1]),
+            bias: numbers.tensor(&shape[..1]),
+        }
+    }
+
+    fn at(&self, rows: std::ops::Range<usize>) -> Beside<'_> {
+        Beside {
+            rows,
+            terms: &self.terms,
+            scale: Some(&self.scale),
+            bias: Some(&self.bias),
+        }
+    }
+}
+
+/// What is beside rows of a map is what candle composes of it, leaves other rows' bits as they are, and
+/// is the same, bit by bit, in any company and on one thread. `x` has five rows.
+#[track_caller]
+fn assert_beside(
+    what: &str,
+    x: &Tensor,
+    [a, b]: [&Adapters; 2],
+    (bias, size): (&Tensor, Option<[usize; 2]>),
+    run: impl Fn(&Tensor, Then, &[Beside]) -> Result<Tensor>,
+) {
+    let base = run(x, Then::Nothing, &[]).unwrap();
+    let beside = [a.at(1..2), b.at(3..5)];
+    let whole = run(x, Then::Nothing, &beside).unwrap();
+    let one = with_threads(1, || run(x, Then::Nothing, &beside).unwrap());
+    assert_eq!(bits(&whole), bits(&one), "{what}: threads");
+    let sum = run(x, Then::Add(&base), &beside).unwrap();
+    assert_eq!(bits(&sum), bits(&(&whole + &base).unwrap()), "{what}: sum");
+    for (i, adapters) in [None, Some(a), None, Some(b), Some(b)].iter().enumerate() {
+        let row = |y: &Tensor| y.narrow(0, i, 1).unwrap();
+        let Some(adapters) = adapters else {
+            assert_eq!(bits(&row(&whole)), bits(&row(&base)), "{what}: row {i}");
+            continue;
+        };
+        let beside = [adapters.at(0..1)];
+        let alone = run(&row(x), Then::Nothing, &beside).unwrap();
+        assert_eq!(bits(&alone), bits(&row(&whole)), "{what}: row {i}");
+        let plain = |x: &Tensor, then: Then, _: &[Beside]| run(x, then, &[]);
+        let composed = beside::composed(&row(x), Then::Nothing, &beside, Some(bias), size, &plain);
+        assert_close(what, &alone, &f64(&composed.unwrap()), 2e-6);
+    }
+}
+
+#[test]
+fn what_is_beside_a_map_comes_with_its_product() {
+    with_each_kernel(|kernel| {
+        let mut numbers = Numbers::new(16);
+        // Tiles of many runs and runs of many tiles; weights that are streamed whole and in pieces.
+        for (tokens, depth, outputs) in [(1, 5, 3), (7, 330, 40), (130, 48, 96), (3, 700, 1000)] {
+            let linear = |weight| Map::Linear(Linear::new(weight, None).unwrap());
+            let shape = [outputs, depth];
+            let [a, b] = [0, 1].map(|_| Adapters::new(&mut numbers, &shape, linear));
+            let (weight, bias) = (numbers.tensor(&shape), numbers.tensor(&[outputs]));
+            let layer = Linear::new(weight, Some(bias.clone())).unwrap();
+            let x = numbers.tensor(&[5, tokens, depth]);
+            let what = format!("{:?} linear {tokens} {shape:?}", kernel.level);
+            assert_beside(&what, &x, [&a, &b], (&bias, None), |x, then, beside| {
+                layer.run(x, then, beside)
+            });
+        }
+        for (h, w, stride, depth, outputs) in [(7, 9, 2, 5, 20), (12, 5, 1, 48, 33)] {
+            let shape = [outputs, depth, 3, 3];
+            let conv = |weight, bias| Conv2d::new(weight, bias, stride, [1; 4]).unwrap();
+            let [a, b] =
+                [0, 1].map(|_| Adapters::new(&mut numbers, &shape, |w| Map::Conv2d(conv(w, None))));
+            let (weight, bias) = (numbers.tensor(&shape), numbers.tensor(&[outputs]));
+            let layer = conv(weight.clone(), Some(bias.clone()));
+            let x = numbers.tensor(&[5, h, w, depth]);
+            let what = format!("{:?} conv {h}x{w} {shape:?}", kernel.level);
+            assert_beside(&what, &x, [&a, &b], (&bias, None), |x, then, beside| {
+                layer.run(x, then, beside)
+            });
+            if stride > 1 {
+                continue;
+            }
+            let double = |weight, bias| UpsampledConv2d::new(conv(weight, bias));
+            let [a, b] = [0, 1]
+                .map(|_| Adapters::new(&mut numbers, &shape, |w| Map::Upsampled(double(w, None))));
+            let layer = double(weight, Some(bias.clone()));
+            for size in [[2 * h, 2 * w], [2 * h - 1, 2 * w]] {
+                let what = format!("{what} to {size:?}");
+                let given = (&bias, Some(size));
+                assert_beside(&what, &x, [&a, &b], given, |x, then, beside| {
+                    then.add(layer.run(x, size, beside)?)
+                });
+            }
+        }
+    });
+}
+
+#[test]
+fn what_is_beside_a_map_reaches_gradients() {
+    let mut numbers = Numbers::new(17);
+    let trained = Var::from_tensor(&numbers.tensor(&[2, 8])).unwrap();
+    let down = Linear::new(trained.as_tensor().clone(), None).unwrap();
+    let up = Linear::new(numbers.tensor(&[4, 2]), None).unwrap();
+    let terms = [Term {
+        map: Map::Linear(down),
+        up: Some(up),
+    }];
+    let beside = |rows| Beside {
+        rows,
+        terms: &terms,
+        scale: None,
+        bias: None,
+    };
+    let layer = Linear::new(numbers.tensor(&[4, 8]), None).unwrap();
+    let (x, more) = (numbers.tensor(&[3, 5, 8]), numbers.tensor(&[3, 4]));
+    let y = layer.run(&x, Then::Shift(&more), &[beside(1..2)]).unwrap();
+    let base = layer.run(&x, Then::Shift(&more), &[]).unwrap();
+    let row = |y: &Tensor, i| bits(&y.narrow(0, i, 1).unwrap());
+    assert_eq!([row(&y, 0), row(&y, 2)], [row(&base, 0), row(&base, 2)]);
+    assert_ne!(row(&y, 1), row(&base, 1));
+    let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&trained).is_some());
 }
 
 #[test]
@@ -314,14 +462,14 @@ fn an_upsampled_convolution_is_that_of_the_large_picture() {
     for [h, w] in [[8, 12], [7, 12], [7, 11]] {
         let cut = large.narrow(1, 0, h).unwrap().narrow(2, 0, w).unwrap();
         let exact = conv.forward(&cut).unwrap();
-        let found = conv.forward_upsampled(&x, [h, w]).unwrap();
+        let found = conv.run_upsampled(&x, [h, w], &[]).unwrap();
         assert_eq!(bits(&found), bits(&exact));
         // And as it goes with gradients, through candle's operations.
         let var = Var::from_tensor(&x).unwrap();
-        let composed = conv.forward_upsampled(var.as_tensor(), [h, w]).unwrap();
+        let composed = conv.run_upsampled(var.as_tensor(), [h, w], &[]).unwrap();
         assert_close("composed", &composed, &f64(&exact), 1e-6);
     }
-    assert!(conv.forward_upsampled(&x, [9, 12]).is_err());
+    assert!(conv.run_upsampled(&x, [9, 12], &[]).is_err());
 }
 
 #[test]

@@ -2,9 +2,12 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 
+use super::beside::{self, Beside, Map, Then};
 use super::conv::{Conv2d, Patches};
-use super::gemm::{self, Packed, Target};
+use super::gemm::{self, Packed};
 use super::host;
+use super::product::{self, Target};
+use super::runs::Run;
 
 /// A picture doubled by repeating every pixel, then a convolution, in one operation.
 ///
@@ -40,17 +43,49 @@ impl UpsampledConv2d {
     /// # Errors
     /// If the shapes do not fit.
     pub fn forward(&self, x: &Tensor, size: [usize; 2]) -> Result<Tensor> {
-        let (b, h, w, c) = x.dims4()?;
-        match &self.places {
-            // At the cut edge of an odd size the kernel sees zeros where the doubled pixel was.
-            Some(places)
-                if size == [2 * h, 2 * w] && host::is_plain([x]) && c == places[0].depth =>
-            {
-                double(places, x, [b, h, w])
-            }
-            _ => self.conv.forward_upsampled(x, size),
-        }
+        self.run(x, size, &[])
     }
+
+    /// [`UpsampledConv2d::forward`], and what is `beside` it.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn run(&self, x: &Tensor, size: [usize; 2], beside: &[Beside]) -> Result<Tensor> {
+        let (_, h, w, c) = x.dims4()?;
+        // At the cut edge of an odd size the kernel sees zeros where the doubled pixel was.
+        let Some(places) = self
+            .places
+            .as_ref()
+            .filter(|places| size == [2 * h, 2 * w] && host::is_plain([x]) && c == places[0].depth)
+        else {
+            return self.conv.run_upsampled(x, size, beside);
+        };
+        if let Some(runs) = place_runs(places, beside, h * w)? {
+            return double(places, x, &runs);
+        }
+        let run = |x: &Tensor, _: Then, beside: &[Beside]| self.run(x, size, beside);
+        let bias = self.conv.bias();
+        beside::composed(x, Then::Nothing, beside, bias, Some(size), &run)
+    }
+
+    pub(super) fn conv(&self) -> &Conv2d {
+        &self.conv
+    }
+}
+
+/// What is beside each of the four small convolutions: theirs of every map beside the large one.
+fn place_runs<'a>(
+    places: &[Packed; 4],
+    beside: &[Beside<'a>],
+    per_row: usize,
+) -> Result<Option<Vec<Vec<Run<'a>>>>> {
+    let at = |place: usize| {
+        beside::runs(beside, &places[place], per_row, move |map| match map {
+            Map::Upsampled(map) => map.places.as_ref().map(|places| &places[place]),
+            _ => None,
+        })
+    };
+    (0..4).map(at).collect()
 }
 
 /// `[out, in, 3, 3]` to `[out, in, 2, 2]` for one place: its first row of weights is the kernel's
@@ -76,7 +111,8 @@ fn summed(weight: &[f32], [py, px]: [usize; 2]) -> Vec<f32> {
     out
 }
 
-fn double(places: &[Packed; 4], x: &Tensor, [b, h, w]: [usize; 3]) -> Result<Tensor> {
+fn double(places: &[Packed; 4], x: &Tensor, runs: &[Vec<Run>]) -> Result<Tensor> {
+    let (b, h, w, _) = x.dims4()?;
     let (c, outputs) = (places[0].depth, places[0].outputs);
     host::with_slices([x], |[numbers]| {
         let zeros = vec![0.0; c];
@@ -84,7 +120,7 @@ fn double(places: &[Packed; 4], x: &Tensor, [b, h, w]: [usize; 3]) -> Result<Ten
         // every number of the shape.
         unsafe {
             host::new_tensor((b, 2 * h, 2 * w, outputs), |out| {
-                for (i, weight) in places.iter().enumerate() {
+                for (i, (weight, runs)) in places.iter().zip(runs).enumerate() {
                     let (py, px) = (i / 2, i % 2);
                     let source = Patches {
                         numbers,
@@ -102,14 +138,8 @@ fn double(places: &[Packed; 4], x: &Tensor, [b, h, w]: [usize; 3]) -> Result<Ten
                         (2 * line + py) * 2 * w + 2 * x + px
                     };
                     let target = Target::Scattered(&place);
-                    gemm::product(
-                        &gemm::current_kernel(),
-                        weight,
-                        b * h * w,
-                        &source,
-                        target,
-                        out,
-                    );
+                    let kernel = gemm::current_kernel();
+                    product::product(&kernel, weight, b * h * w, &source, runs, target, out);
                 }
                 Ok(())
             })

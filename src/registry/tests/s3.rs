@@ -129,7 +129,8 @@ async fn a_file_that_the_server_keeps_in_pieces_has_one_mark() {
             registry.put(&of, policy, patch, body, |_, _| Ok(())).await
         }
     };
-    let entry = upload(PutPolicy::Create, large.clone()).await.unwrap();
+    let published = upload(PutPolicy::Create, large.clone()).await.unwrap();
+    let entry = published.entry;
     assert_eq!(registry.rescan().await.unwrap(), 0);
     let again = ground.open().await.get(&name("large")).await.unwrap();
     assert_eq!(again.generation, Some(sha(&large)));
