@@ -14,7 +14,7 @@ use crate::{
     adapters::{Adapter, Change, Dialect},
     models::{
         Modules,
-        header::{Header, read_header},
+        header::{Entry, Header, read_header},
         source::Blob,
     },
 };
@@ -57,7 +57,7 @@ struct Report {
     dialect: Option<String>,
     sites: usize,
     words: usize,
-    /// The element types of its tensors.
+    /// The element types of its tensors, but for single numbers.
     dtypes: BTreeSet<String>,
     findings: Vec<Finding>,
 }
@@ -146,7 +146,10 @@ impl Report {
         self.sites = adapter.deltas.len();
         self.words = adapter.embeddings.len();
         let dtype = |dtype| format!("{dtype:?}").to_uppercase();
-        self.dtypes = header.entries.values().map(|e| dtype(e.dtype)).collect();
+        // Alphas and flags are of any type.
+        let single = |entry: &&Entry| entry.shape.iter().all(|side| *side == 1);
+        let entries = header.entries.values().filter(|entry| !single(entry));
+        self.dtypes = entries.map(|entry| dtype(entry.dtype)).collect();
         for key in &adapter.unmatched {
             let text = format!("key `{}` means nothing to this model", printable(key));
             self.fault(Kind::Unmatched, Some(key), text);
