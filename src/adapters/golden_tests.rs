@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
 use super::{Adapter, Format, ReadOptions, SiteTable};
-use crate::models::{Model, ModelSource, SiteKind};
+use crate::models::{Model, ModelSource, Site, SiteKind};
 
 /// What f32 keeps of a small product.
 const TOLERANCE: f64 = 1e-6;
@@ -46,7 +46,7 @@ pub(super) fn bytes(name: &str) -> Vec<u8> {
     std::fs::read(golden().join(format!("adapters/{name}.safetensors"))).unwrap()
 }
 
-fn load_base(name: &str, variant: &str) -> Base {
+fn load_base(name: &str) -> Base {
     let folder = golden().join("models").join(name);
     let model = Model::load(
         &ModelSource::Folder(folder.clone()),
@@ -54,12 +54,10 @@ fn load_base(name: &str, variant: &str) -> Base {
         DType::F32,
     )
     .unwrap();
-    let file = folder.join(format!("unet/diffusion_pytorch_model{variant}.safetensors"));
-    let weights = candle_core::safetensors::load(file, &Device::Cpu)
-        .unwrap()
-        .into_iter()
-        .filter_map(|(key, t)| Some((format!("unet.{}", key.strip_suffix(".weight")?), t)))
-        .collect();
+    let modules = model.modules();
+    let weight =
+        |(index, site): (usize, &Site)| (site.name.to_string(), modules.weight(index).unwrap());
+    let weights = modules.sites().iter().enumerate().map(weight).collect();
     Base {
         table: SiteTable::new(model.sites()).unwrap(),
         kinds: model
@@ -71,8 +69,8 @@ fn load_base(name: &str, variant: &str) -> Base {
     }
 }
 
-static TWO: LazyLock<Base> = LazyLock::new(|| load_base("two-levels", ""));
-static THREE: LazyLock<Base> = LazyLock::new(|| load_base("three-levels", ".fp16"));
+static TWO: LazyLock<Base> = LazyLock::new(|| load_base("two-levels"));
+static THREE: LazyLock<Base> = LazyLock::new(|| load_base("three-levels"));
 
 pub(super) fn base(model: &str) -> &'static Base {
     match model {

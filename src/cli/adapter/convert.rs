@@ -302,7 +302,15 @@ mod tests {
                 }
             }
         }
-        let expected = ["dora", "full", "ia3", "loha", "lokr", "peft-bias"];
+        let expected = [
+            "dora",
+            "full",
+            "ia3",
+            "ia3-matrix",
+            "loha",
+            "lokr",
+            "peft-bias",
+        ];
         assert_eq!(refused, expected.map(String::from).into());
     }
 

@@ -42,12 +42,20 @@ const SILENCE: Duration = Duration::from_secs(20);
 /// No more attempts after this: a client waits for the answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-#[derive(Debug)]
 pub(super) struct Remote {
     objects: Arc<dyn ObjectStore>,
     staging: PathBuf,
     /// S3's own, where it is S3.
     s3: Option<S3>,
+}
+
+/// Without the client's own account of itself, in which its keys might be.
+impl fmt::Debug for Remote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Remote")
+            .field("staging", &self.staging)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What `object_store` has no call for.
