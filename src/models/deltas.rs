@@ -165,7 +165,8 @@ pub(super) fn each_part(
 
 impl Term {
     /// `ΔW = up · down` at a site: `down` is `[rank, in]` for a linear map and `[rank, in, kh, kw]` for a
-    /// convolution, whose geometry says how it lies; `up` is `[out, rank]`.
+    /// convolution, whose geometry says how it lies; `up` is `[out, rank]`, strength and `alpha / rank`
+    /// folded in.
     ///
     /// # Errors
     /// Shapes that do not fit together.

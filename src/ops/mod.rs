@@ -8,6 +8,9 @@
 //! is all of serving on a CPU, go through the kernels of this module; everything else is composed
 //! from candle's operations in `reference`, which is also the tests' oracle.
 //!
+//! Adapters are put [`Beside`] a map: the kernels compute what they add tile by tile with the map's own
+//! product, each for its rows.
+//!
 //! **A row does not depend on its neighbours.** In every kernel the order of a sum depends on the
 //! shape of one batch item (or one token, for [`Linear`] and [`layer_norm`]) and on nothing else:
 //! not on the batch size, not on the number of threads. Item `i` of a batch of eight is the same,
