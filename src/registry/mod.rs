@@ -13,6 +13,10 @@
 //! | `NAME.png` | a preview, if there is one |
 //! | `.staging/` | uploads on their way in (folders only; elsewhere on the local disk) |
 //!
+//! An object store is told of by its address, `s3://BUCKET/PREFIX`, and by the `AWS_*` variables:
+//! key, region, endpoint (adapters/README.md lists them). What its server must be able to do, and
+//! what can happen on one that cannot, stands in `store/remote.rs`.
+//!
 //! # What is promised
 //!
 //! - **Whole or not at all.** An upload is written aside, hashed, checked by the caller, and then

@@ -4,7 +4,7 @@ use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
     path::Path,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -23,11 +23,11 @@ use super::{
 
 /// Names that share a lock share a wait of milliseconds, seldom.
 const LOCKS: usize = 64;
-/// Nobody waits longer than this to be let look for one adapter: while the store is silent, all who
-/// ask for names that it alone knows stand in line.
-const IN_LINE: Duration = Duration::from_secs(10);
 /// Manifests read at once in a rescan.
 const READS: usize = 32;
+
+/// When the store last failed to answer under a lock, and how.
+type Unanswered = Option<(Instant, RegistryError)>;
 
 /// What the operator decides.
 #[derive(Debug, Clone)]
@@ -74,7 +74,7 @@ pub(super) struct Inner<L: Loader> {
     pub flights: Flights<L::Loaded>,
     pub loads: Semaphore,
     rescan: Mutex<()>,
-    locks: [Mutex<()>; LOCKS],
+    locks: [Mutex<Unanswered>; LOCKS],
 }
 
 /// An adapter's file on its way out.
@@ -195,13 +195,22 @@ impl<L: Loader> Registry<L> {
         if let Some(entry) = self.0.index.get(name) {
             return Ok(entry);
         }
-        let turn = tokio::time::timeout(IN_LINE, self.lock(name)).await;
-        let _alone = turn.map_err(|_| unavailable("it has not answered those who asked before"))?;
-        // They may have found it.
+        let asked = Instant::now();
+        let mut turn = self.lock(name).await;
+        // Those who were first may have found it, or have got no answer: then that is ours, too, or
+        // all who ask while the store is silent would stand in line for it.
         if let Some(entry) = self.0.index.get(name) {
             return Ok(entry);
         }
-        self.refresh(name).await?.ok_or_else(|| self.missing(name))
+        if let Some((_, error)) = turn.as_ref().filter(|(at, _)| *at > asked) {
+            return Err(error.clone());
+        }
+        let found = self.refresh(name).await;
+        *turn = match &found {
+            Err(error @ RegistryError::Unavailable { .. }) => Some((Instant::now(), error.clone())),
+            _ => None,
+        };
+        found?.ok_or_else(|| self.missing(name))
     }
 
     /// Why the store could not be listed the last time, if so.
@@ -344,7 +353,7 @@ impl<L: Loader> Registry<L> {
     }
 
     /// Changes of one name come one after another.
-    pub(super) async fn lock(&self, name: &AdapterName) -> MutexGuard<'_, ()> {
+    pub(super) async fn lock(&self, name: &AdapterName) -> MutexGuard<'_, Unanswered> {
         let mut hasher = DefaultHasher::new();
         name.hash(&mut hasher);
         self.0.locks[hasher.finish() as usize % LOCKS].lock().await

@@ -225,8 +225,8 @@ impl Store {
         Ok(Self(Place::Folder(Arc::new(Folder::open(path.as_ref())?))))
     }
 
-    /// `s3://BUCKET/PREFIX`, with the usual `AWS_*` variables for everything else (the room's own
-    /// words name them). Uploads are gathered in `staging`, a folder on this machine.
+    /// `s3://BUCKET/PREFIX`, with the usual `AWS_*` variables for everything else (adapters/README.md
+    /// lists them). Uploads are gathered in `staging`, a folder on this machine.
     pub fn s3(url: &str, staging: impl AsRef<Path>) -> Result<Self, StoreFault> {
         let variables = std::env::vars_os().filter_map(|(name, value)| {
             Some((name.into_string().ok()?, value.into_string().ok()?))

@@ -28,8 +28,8 @@ use std::{
 use bytes::Bytes;
 use futures::StreamExt as _;
 use object_store::{
-    ClientOptions, Error, GetResult, HeaderMap, HeaderValue, ObjectMeta, ObjectStore,
-    ObjectStoreExt as _, PutMode, PutOptions, RetryConfig, UpdateVersion,
+    ClientConfigKey, ClientOptions, Error, GetResult, HeaderMap, HeaderValue, ObjectMeta,
+    ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, RetryConfig, UpdateVersion,
     aws::{AmazonS3Builder, AmazonS3ConfigKey},
     path::Path as Location,
     prefix::PrefixStore,
@@ -67,10 +67,11 @@ struct S3 {
     client: ClientOptions,
 }
 
-/// Without the builder, which holds the key.
-impl fmt::Debug for S3 {
+/// Its address only: both of the others hold the key.
+impl fmt::Debug for Remote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "S3({})", self.url)
+        let url = self.s3.as_ref().map_or("objects", |s3| s3.url.as_str());
+        f.debug_tuple("Remote").field(&url).finish()
     }
 }
 
@@ -123,6 +124,16 @@ impl Remote {
                 // There are more such variables, for others.
                 Err(_) => {}
             }
+        }
+        let plain = [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint]
+            .iter()
+            .find_map(|key| builder.get_config_value(key))
+            .filter(|endpoint| endpoint.starts_with("http://"));
+        let allowed = client.get_config_value(&ClientConfigKey::AllowHttp);
+        if let Some(endpoint) = plain.filter(|_| allowed.as_deref() != Some("true")) {
+            return Err(StoreFault::Unavailable(format!(
+                "AWS_ENDPOINT_URL: {endpoint} has no TLS; set AWS_ALLOW_HTTP=true to use it all the same"
+            )));
         }
         let builder = builder.with_url(url).with_retry(retry);
         let objects = builder
@@ -259,25 +270,30 @@ impl Remote {
     }
 
     /// Of a listing's failure: where it is the operator's settings that are at fault, says which.
+    /// `object_store` tells no kinds of it apart, but has the server's answer in its text, and in
+    /// that S3's own code.
     fn explain(&self, error: Error) -> StoreFault {
-        let Some(S3 { url, .. }) = &self.s3 else {
-            return error.into();
-        };
-        let advice = match &error {
-            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
-                "refused; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what this key may do"
-            }
-            // A prefix without an object is an empty list.
-            Error::NotFound { .. } => "there is no such bucket; check the address, or make it",
-            _ => return error.into(),
-        };
-        // The server's own word for it, of the XML that it comes in.
         let text = error.to_string();
         let code = text
             .split_once("<Code>")
             .and_then(|(_, rest)| rest.split_once("</Code>"));
-        let code = code.map_or(String::new(), |(code, _)| format!(" ({code})"));
-        StoreFault::Unavailable(format!("{url}: {advice}{code}"))
+        let (Some(S3 { url, .. }), Some((code, _))) = (&self.s3, code) else {
+            return error.into();
+        };
+        let advice = match code {
+            "NoSuchBucket" => "there is no such bucket; check the address, or make the bucket",
+            "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken" | "InvalidToken" => {
+                "the key was refused; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            }
+            "AccessDenied" => {
+                "the key may not list this bucket; check AWS_ACCESS_KEY_ID and what it is allowed"
+            }
+            "AuthorizationHeaderMalformed" | "PermanentRedirect" => {
+                "the bucket is in another region; check AWS_REGION"
+            }
+            _ => return error.into(),
+        };
+        StoreFault::Unavailable(format!("{url}: {advice} ({code})"))
     }
 }
 
@@ -355,6 +371,22 @@ mod tests {
         assert!(matches!(written, StoreFault::Unavailable(_)), "{written:?}");
         assert!(began.elapsed() < 2 * PATIENCE + SILENCE);
         assert!(!format!("{remote:?}").contains("secret"));
+    }
+
+    #[test]
+    fn a_server_without_tls_is_used_only_if_that_is_allowed() {
+        let folder = tempfile::tempdir().unwrap();
+        for (allowed, fine) in [("true", true), ("false", false)] {
+            let variables = given(&[
+                ("AWS_ENDPOINT_URL", "http://127.0.0.1:9000"),
+                ("AWS_ALLOW_HTTP", allowed),
+            ]);
+            let result = Remote::s3("s3://bucket", variables, folder.path());
+            assert_eq!(result.is_ok(), fine, "{result:?}");
+            if let Err(error) = result {
+                assert!(error.to_string().contains("AWS_ALLOW_HTTP=true"), "{error}");
+            }
+        }
     }
 
     #[test]

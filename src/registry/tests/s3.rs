@@ -67,7 +67,6 @@ async fn what_is_wrong_with_address_or_key_is_said_at_the_start() {
             [("AWS_REGION", "us-east-1")],
             "no such bucket",
         ),
-        (bucket.as_str(), [("AWS_ALLOW_HTTP", "false")], "http"),
     ] {
         let began = Instant::now();
         let error = open(url, &variables, folder.path())
@@ -241,15 +240,15 @@ async fn a_server_that_is_killed_takes_nothing_along_and_is_missed_by_nobody_who
     unavailable(registry.delete(&warm, None).await.unwrap_err());
     unavailable(content(&registry, "warm").await.unwrap_err());
     let each = began.elapsed() / 7;
-    // Many who ask for the same stand in line, but not for ever.
+    // Many who ask for the same get one answer.
     let began = Instant::now();
     let asking = (0..40).map(|_| registry.lease(&never));
     for answer in join_all(asking).await {
         unavailable(answer.unwrap_err());
     }
     let line = began.elapsed();
-    println!("without its server: {each:?} a request, {line:?} for forty in line");
-    assert!(each < Duration::from_secs(5) && line < Duration::from_secs(20));
+    println!("without its server: {each:?} a request, {line:?} for forty at once");
+    assert!(each < Duration::from_secs(5) && line < Duration::from_secs(5));
     // What is known is still listed, and what is in memory still served.
     let began = Instant::now();
     assert_eq!(
@@ -262,11 +261,19 @@ async fn a_server_that_is_killed_takes_nothing_along_and_is_missed_by_nobody_who
     server.start_again();
     let _keeper = registry.keep();
     until("the server is found again", || registry.outage().is_none()).await;
-    assert_eq!(*registry.lease(&cold).await.unwrap(), "two");
+    // It lists before it reads, and reads before it writes.
+    let began = Instant::now();
+    let mut again = registry.lease(&cold).await;
+    while again.is_err() && began.elapsed() < Duration::from_secs(10) {
+        again = registry.lease(&cold).await;
+    }
+    assert_eq!(*again.unwrap(), "two");
     assert_eq!(listed(&registry), ["cold", "warm"]);
-    put(&registry, "warm", PutPolicy::Upsert, "three")
-        .await
-        .unwrap();
+    let mut replaced = put(&registry, "warm", PutPolicy::Upsert, "three").await;
+    while replaced.is_err() && began.elapsed() < Duration::from_secs(20) {
+        replaced = put(&registry, "warm", PutPolicy::Upsert, "three").await;
+    }
+    replaced.unwrap();
     create(&registry, "new", "four").await;
     assert_eq!(lease.as_str(), "one");
     assert_eq!(*registry.lease(&warm).await.unwrap(), "three");
