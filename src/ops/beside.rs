@@ -158,7 +158,7 @@ pub(super) fn composed(
     beside: &[Beside],
     bias: Option<&Tensor>,
     size: Option<[usize; 2]>,
-    run: &dyn Fn(&Tensor, Then, &[Beside]) -> Result<Tensor>,
+    run: impl Fn(&Tensor, Then, &[Beside]) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let rows = x.dim(0)?;
     if let [one] = beside
