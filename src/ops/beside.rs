@@ -150,9 +150,6 @@ pub(super) fn runs<'a>(
     Ok(Some(runs))
 }
 
-/// A map's own form: of an input, with what is done to the result and what is beside it.
-type Own<'a> = dyn Fn(&Tensor, Then, &[Beside]) -> Result<Tensor> + 'a;
-
 /// A map with `bias`, whose own form is `run`, and what is `beside` it, composed of them. `size` is that
 /// of a doubled picture.
 pub(super) fn composed(
@@ -161,7 +158,7 @@ pub(super) fn composed(
     beside: &[Beside],
     bias: Option<&Tensor>,
     size: Option<[usize; 2]>,
-    run: &Own,
+    run: impl Fn(&Tensor, Then, &[Beside]) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let rows = x.dim(0)?;
     if let [one] = beside

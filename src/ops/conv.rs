@@ -95,7 +95,7 @@ impl Conv2d {
             return then.add(self.reference(x)?);
         }
         let run = |x: &Tensor, then: Then, beside: &[Beside]| self.run(x, then, beside);
-        beside::composed(x, then, beside, self.bias.as_ref(), None, &run)
+        beside::composed(x, then, beside, self.bias.as_ref(), None, run)
     }
 
     /// The convolution of `x`, doubled in size by repeating every pixel and cut to `size` (height and
@@ -122,7 +122,7 @@ impl Conv2d {
         }
         let run = |x: &Tensor, _: Then, beside: &[Beside]| self.run_upsampled(x, size, beside);
         let bias = self.bias.as_ref();
-        beside::composed(x, Then::Nothing, beside, bias, Some(size), &run)
+        beside::composed(x, Then::Nothing, beside, bias, Some(size), run)
     }
 
     fn reference(&self, x: &Tensor) -> Result<Tensor> {

@@ -244,9 +244,11 @@ impl Table {
     ) -> Self {
         let group = taps * kernel.rows;
         let mut pointers = vec![std::ptr::null(); rows.div_ceil(kernel.rows) * group];
-        for row in 0..rows {
-            let at = row / kernel.rows * group + row % kernel.rows;
-            source.point(first + row, kernel.rows, &mut pointers[at..]);
+        for (g, pointers) in pointers.chunks_exact_mut(group).enumerate() {
+            let done = g * kernel.rows;
+            for row in 0..kernel.rows.min(rows - done) {
+                source.point(first + done + row, kernel.rows, &mut pointers[row..]);
+            }
         }
         Self {
             pointers,

@@ -69,7 +69,7 @@ impl Linear {
             return then.add(y);
         }
         let run = |x: &Tensor, then: Then, beside: &[Beside]| self.run(x, then, beside);
-        beside::composed(x, then, beside, self.bias.as_ref(), None, &run)
+        beside::composed(x, then, beside, self.bias.as_ref(), None, run)
     }
 
     pub(super) fn packed(&self) -> Option<&Packed> {
@@ -128,13 +128,11 @@ fn forward(weight: &Packed, x: &Tensor, then: Then, beside: &[Beside]) -> Result
     }
     let rows = x.elem_count() / weight.depth;
     let per_row = rows / shape[0].max(1);
-    fn packed(map: &Map) -> Option<&Packed> {
-        match map {
-            Map::Linear(map) => map.packed(),
-            _ => None,
-        }
-    }
-    let Some(runs) = beside::runs(beside, weight, per_row, packed)? else {
+    let Some(runs) = beside::runs(beside, weight, per_row, |map| match map {
+        Map::Linear(map) => map.packed(),
+        _ => None,
+    })?
+    else {
         return Ok(None);
     };
     let y = host::with_slices([x, more.unwrap_or(x)], |[numbers, more]| {

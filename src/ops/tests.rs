@@ -374,7 +374,7 @@ fn assert_beside(
         let alone = run(&row(x), Then::Nothing, &beside).unwrap();
         assert_eq!(bits(&alone), bits(&row(&whole)), "{what}: row {i}");
         let plain = |x: &Tensor, then: Then, _: &[Beside]| run(x, then, &[]);
-        let composed = beside::composed(&row(x), Then::Nothing, &beside, Some(bias), size, &plain);
+        let composed = beside::composed(&row(x), Then::Nothing, &beside, Some(bias), size, plain);
         assert_close(what, &alone, &f64(&composed.unwrap()), 2e-6);
     }
 }

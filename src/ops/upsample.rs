@@ -65,7 +65,7 @@ impl UpsampledConv2d {
         }
         let run = |x: &Tensor, _: Then, beside: &[Beside]| self.run(x, size, beside);
         let bias = self.conv.bias();
-        beside::composed(x, Then::Nothing, beside, bias, Some(size), &run)
+        beside::composed(x, Then::Nothing, beside, bias, Some(size), run)
     }
 
     pub(super) fn conv(&self) -> &Conv2d {
