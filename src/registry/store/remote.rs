@@ -49,15 +49,6 @@ pub(super) struct Remote {
     s3: Option<S3>,
 }
 
-/// Without the client's own account of itself, in which its keys might be.
-impl fmt::Debug for Remote {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Remote")
-            .field("staging", &self.staging)
-            .finish_non_exhaustive()
-    }
-}
-
 /// What `object_store` has no call for.
 struct S3 {
     /// As the operator gave it.
