@@ -120,8 +120,14 @@ impl Remote {
             .iter()
             .find_map(|key| builder.get_config_value(key))
             .filter(|endpoint| endpoint.starts_with("http://"));
-        let allowed = client.get_config_value(&ClientConfigKey::AllowHttp);
-        if let Some(endpoint) = plain.filter(|_| allowed.as_deref() != Some("true")) {
+        // In whatever way `object_store` lets one say yes.
+        let allowed = client
+            .get_config_value(&ClientConfigKey::AllowHttp)
+            .is_some_and(|word| {
+                let yes = ["1", "true", "on", "yes", "y"];
+                yes.contains(&word.to_ascii_lowercase().as_str())
+            });
+        if let Some(endpoint) = plain.filter(|_| !allowed) {
             return Err(StoreFault::Unavailable(format!(
                 "AWS_ENDPOINT_URL: {endpoint} has no TLS; set AWS_ALLOW_HTTP=true to use it all the same"
             )));
@@ -367,7 +373,7 @@ mod tests {
     #[test]
     fn a_server_without_tls_is_used_only_if_that_is_allowed() {
         let folder = tempfile::tempdir().unwrap();
-        for (allowed, fine) in [("true", true), ("false", false)] {
+        for (allowed, fine) in [("true", true), ("1", true), ("false", false)] {
             let variables = given(&[
                 ("AWS_ENDPOINT_URL", "http://127.0.0.1:9000"),
                 ("AWS_ALLOW_HTTP", allowed),
