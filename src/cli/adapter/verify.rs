@@ -280,6 +280,8 @@ fn norm(tensor: &Tensor) -> candle_core::Result<f64> {
 mod tests {
     use std::{collections::BTreeMap, fs, path::Path};
 
+    use candle_core::Device;
+
     use super::{
         super::testing::{Case, case, cases},
         *,
@@ -367,19 +369,29 @@ mod tests {
 
     #[test]
     fn alphas_and_element_types_are_noted() {
-        let notes = |name| {
-            let case = case(name);
-            let report = verify(&case.subject(), &case.target()).unwrap();
-            let mut notes = kinds(&report, Severity::Note);
+        let notes = |subject: &Subject, target: &Target| {
+            let mut notes = kinds(&verify(subject, target).unwrap(), Severity::Note);
             // The tiny models' weights are small beside their adapters'.
             notes.retain(|kind| *kind != Kind::Large);
             notes
         };
-        assert_eq!(notes("peft-plain"), [Kind::NoAlpha]);
-        // Its alphas are of another type than its factors.
-        assert_eq!(notes("kohya"), []);
-        assert_eq!(notes("peft"), []);
-        assert_eq!(notes("full"), []);
+        let of = |case: Case| notes(&case.subject(), &case.target());
+        assert_eq!(of(case("peft-plain")), [Kind::NoAlpha]);
+        assert_eq!(of(case("peft")), []);
+        assert_eq!(of(case("full")), []);
+        // Its alphas are of four types, its factors of one.
+        assert_eq!(of(case("kohya")), []);
+
+        let case = case("peft-plain");
+        let mut subject = case.subject();
+        let mut tensors = candle_core::safetensors::load(&subject.file, &Device::Cpu).unwrap();
+        let one = tensors.values_mut().next().unwrap();
+        *one = one.to_dtype(DType::BF16).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        subject.file = folder.path().join("mixed.safetensors");
+        candle_core::safetensors::save(&tensors, &subject.file).unwrap();
+        let mixed = [Kind::NoAlpha, Kind::MixedTypes];
+        assert_eq!(notes(&subject, &case.target()), mixed);
     }
 
     #[test]
