@@ -54,12 +54,27 @@ fn load_base(name: &str, variant: &str) -> Base {
         DType::F32,
     )
     .unwrap();
-    let file = folder.join(format!("unet/diffusion_pytorch_model{variant}.safetensors"));
-    let weights = candle_core::safetensors::load(file, &Device::Cpu)
-        .unwrap()
-        .into_iter()
-        .filter_map(|(key, t)| Some((format!("unet.{}", key.strip_suffix(".weight")?), t)))
-        .collect();
+    let mut weights = HashMap::new();
+    for (part, file) in [
+        (
+            "unet.",
+            format!("unet/diffusion_pytorch_model{variant}.safetensors"),
+        ),
+        (
+            "text_encoder.text_model.",
+            format!("text_encoder/model{variant}.safetensors"),
+        ),
+    ] {
+        let file = folder.join(file);
+        for (key, tensor) in candle_core::safetensors::load(file, &Device::Cpu).unwrap() {
+            let Some(path) = key.strip_suffix(".weight") else {
+                continue;
+            };
+            // transformers 4 writes the text encoder with the prefix, transformers 5 without.
+            let path = path.strip_prefix("text_model.").unwrap_or(path);
+            weights.insert(format!("{part}{path}"), tensor);
+        }
+    }
     Base {
         table: SiteTable::new(model.sites()).unwrap(),
         kinds: model
