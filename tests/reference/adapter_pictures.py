@@ -230,7 +230,7 @@ def samples():
     yield with_adapters("sample-zorp-less", "a zorp monster at night", "euler", 481, [used("zorp", 0.6, 0.8)], **more)
     yield with_adapters("sample-blueprint", "a blueprint drawing of a cat", "ddim", 482, [used("blueprint")], **more)
     yield with_adapters("sample-blueprint-opposite", "a house in the snow", "euler", 483, [used("blueprint", -0.7, -0.7)], **more)
-    yield with_adapters("sample-word", "a <zorp> on the beach", "ddim", 484, [used("zorp-word")], **more)
+    yield with_adapters("sample-word", "a <zorp> monster on the beach", "ddim", 484, [used("zorp-word")], **more)
     yield with_adapters("sample-both", "a blueprint drawing of a zorp monster", "dpmpp_2m", 485,
                         [used("blueprint", 0.9, 0.9), used("zorp", 0.6, 0.6)], **more)
 

@@ -10,6 +10,7 @@ manifest. `--sheet FILE` also writes one picture with each adapter's prompts pai
 import argparse
 import hashlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -43,12 +44,13 @@ SAMPLES = {
         recipe=dict(images="style", rank=8, unet=UNET, text_encoder=[], steps=500, batch=8, learning_rate=2e-3, seed=3),
         prompts=["a blueprint drawing of a rocket", "a blueprint drawing of a cat", "a blueprint drawing of a house", "a blueprint drawing of a duck"]),
     "zorp-word": dict(
-        method="textual-inversion", description=f"The word <zorp> for {CREATURE}: four vectors and nothing else.",
+        method="textual-inversion", description=f"The word <zorp> for the looks of {CREATURE}: four vectors and nothing else.",
         trigger_words=["<zorp>"], tags=["subject", "word", "sample"],
-        recipe=dict(images="subject", placeholder="<zorp>", initializer="striped blue purple monster", vectors=4, steps=400, batch=8,
-                    learning_rate=4e-3, seed=4,
-                    templates=["a <zorp>", "a picture of a <zorp>", "one <zorp>", "the <zorp>", "<zorp>"]),
-        prompts=["a <zorp> in a forest", "a <zorp> on the beach", "a <zorp> at night", "a <zorp> in the snow"]),
+        recipe=dict(images="subject", placeholder="<zorp>", initializer="large striped blue purple", vectors=4, steps=300, batch=8,
+                    learning_rate=1e-3, seed=4,
+                    keeps_length=True,
+                    templates=["a <zorp> monster", "a picture of a <zorp> monster", "one <zorp> monster", "the <zorp> monster"]),
+        prompts=["a <zorp> monster in a forest", "a <zorp> monster on the beach", "a <zorp> monster at night", "a <zorp> monster in the snow"]),
 }
 # What a request gets from the demo model by default.
 PAINT = dict(num_inference_steps=20, guidance_scale=4.5)
@@ -92,6 +94,7 @@ def train(sample, halfway, deadline):
         initial = pipe.tokenizer(recipe["initializer"], add_special_tokens=False).input_ids
         assert len(initial) == len(words), f"{recipe['initializer']} is {len(initial)} tokens"
         rows = torch.nn.Parameter(table[initial].clone())
+        lengths = rows.detach().norm(dim=1, keepdim=True)
         places = torch.tensor(pipe.tokenizer.convert_tokens_to_ids(words))
         parameters = [rows]
         texts = [t.replace(word, " ".join(words)) for t in texts]
@@ -134,7 +137,7 @@ def train(sample, halfway, deadline):
             return None
         for group in optimizer.param_groups:            # a short rise, then down to a tenth along a cosine
             done = step / recipe["steps"]
-            group["lr"] = recipe["learning_rate"] * min(1, (step + 1) / 20) * (0.55 + 0.45 * np.cos(np.pi * done))
+            group["lr"] = recipe["learning_rate"] * min(1, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * done))
         i = torch.randint(len(latents), (recipe["batch"],), generator=generator)
         text = i if captions else torch.randint(len(texts), (recipe["batch"],), generator=generator)
         t = torch.randint(1000, (recipe["batch"],), generator=generator)
@@ -146,6 +149,8 @@ def train(sample, halfway, deadline):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        if word:                                        # as long as words of the model are, or pictures turn to confetti
+            rows.data *= lengths / rows.data.norm(dim=1, keepdim=True)
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             print(f"  step {step + 1}, loss {np.mean(losses[-50:]):.4f}, {(time.time() - start) / (step + 1 - first):.2f} s a step", flush=True)
