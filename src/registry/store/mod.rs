@@ -5,6 +5,7 @@
 
 mod folder;
 mod remote;
+mod s3;
 mod staging;
 
 use std::{collections::BTreeMap, io, path::Path, sync::Arc};
