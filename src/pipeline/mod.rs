@@ -13,6 +13,7 @@
 mod chunks;
 mod conditioning;
 mod emphasis;
+mod init_image;
 mod mixture;
 mod painting;
 mod pixels;
