@@ -15,6 +15,7 @@ use super::{
     Failure,
     boot::{Booted, open_engine},
     options::{ModelOptions, adapter, scheduler, size},
+    store::{DEFAULT, open_store},
 };
 use crate::{
     api::{OutputFormat, decode_image, decode_mask, encode, encode_plain},
@@ -23,7 +24,7 @@ use crate::{
         AdapterLoader, Job, JobError, Mixer, ModelInfo, OnMissing, Painter, Picture, Wardrobe,
     },
     pipeline::request::{AdapterChoice, ImageRequest, InvalidField, Limits, RequestDraft},
-    registry::{Registry, Settings, Store},
+    registry::{Registry, Settings},
     schedulers::SchedulerKind,
     telemetry::{self, LogFormat},
 };
@@ -108,15 +109,15 @@ pub(super) struct GenerateOptions {
     #[arg(long, env = "LORIKEET_ADAPTER", value_delimiter = ',', value_name = "NAME[=X]",
         value_parser = adapter, help_heading = "Picture")]
     adapter: Vec<AdapterChoice>,
-    /// The folder the adapters are in
+    /// Where the adapters are: a folder, or s3://BUCKET/PREFIX with the usual AWS_* variables
     #[arg(
         long,
         env = "LORIKEET_ADAPTERS",
-        default_value = "adapters",
-        value_name = "DIR",
+        default_value = DEFAULT,
+        value_name = "DIR|s3://BUCKET/PREFIX",
         help_heading = "Model"
     )]
-    adapters: PathBuf,
+    adapters: String,
     /// Number of pictures
     #[arg(
         short = 'n',
@@ -244,19 +245,13 @@ pub(super) fn run(options: GenerateOptions) -> Result<(), Failure> {
 
 /// Loads and mixes the request's adapters.
 async fn dress(
-    folder: &Path,
+    place: &str,
     loader: AdapterLoader,
     mixer: Arc<Mixer>,
     request: &mut ImageRequest,
 ) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
-    if !folder.is_dir() {
-        return Err(Failure::usage(format!(
-            "--adapters: there is no folder {}; give the one the adapters are in",
-            folder.display()
-        )));
-    }
-    let store = Store::folder(folder).map_err(|error| failed(&error))?;
+    let store = open_store(place)?;
     let registry = Registry::open(store, loader, Settings::default()).await;
     let wardrobe = Wardrobe::new(registry.map_err(|error| failed(&error))?, mixer);
     let dressed = wardrobe.dress(request, OnMissing::Fail).await;

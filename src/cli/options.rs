@@ -10,9 +10,9 @@ use crate::{
     schedulers::SchedulerKind,
 };
 
-/// Which model, on what.
+/// Which model.
 #[derive(Debug, clap::Args)]
-pub(super) struct ModelOptions {
+pub(super) struct SourceOption {
     /// The model: `demo` (inside the binary) or a folder in diffusers layout
     #[arg(
         long,
@@ -20,7 +20,14 @@ pub(super) struct ModelOptions {
         default_value = "demo",
         value_name = "demo|DIR"
     )]
-    model: ModelSource,
+    pub(super) model: ModelSource,
+}
+
+/// Which model, on what.
+#[derive(Debug, clap::Args)]
+pub(super) struct ModelOptions {
+    #[command(flatten)]
+    source: SourceOption,
     /// Where to paint: auto, cpu, or cuda:N
     #[arg(long, env = "LORIKEET_DEVICE", default_value_t = DeviceChoice::Auto, value_name = "auto|cpu|cuda:N")]
     device: DeviceChoice,
@@ -43,7 +50,7 @@ impl ModelOptions {
         device_adapter_bytes: u64,
     ) -> Result<Config, InvalidOption> {
         let config = Config {
-            model: self.model,
+            model: self.source.model,
             device: self.device,
             dtype: self.dtype,
             threads: self.threads,

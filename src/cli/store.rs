@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Where adapters lie when the operator does not say.
-const DEFAULT: &str = "adapters";
+pub(super) const DEFAULT: &str = "adapters";
 /// Waits between attempts to reach the store at the start, half a minute in all.
 const WAITS: [u64; 5] = [1, 2, 4, 8, 15];
 const MIB: u64 = 1 << 20;
@@ -59,10 +59,6 @@ impl StoreOptions {
     /// Opens the place, or says what is wrong with it before the model is read. `None` where the
     /// operator asked for none and the default cannot be had.
     pub(super) fn open(&self) -> Result<Option<Place>, Failure> {
-        let refuse = |option, message: &str| InvalidOption {
-            option,
-            message: message.into(),
-        };
         if self.adapter_rescan < Duration::from_millis(100) {
             let message = "must be at least 0.1: each look lists the whole store";
             return Err(refuse("adapter-rescan", message).into());
@@ -73,35 +69,46 @@ impl StoreOptions {
             rescan: self.adapter_rescan,
             ..Settings::default()
         };
-        let given = self.adapters.as_deref().unwrap_or(DEFAULT);
-        let store = match given.split_once("://") {
-            Some(("s3", _)) => Store::s3(given, staging()),
-            Some(_) => {
-                let message = "must be a folder or s3://BUCKET/PREFIX";
-                return Err(refuse("adapters", message).into());
-            }
-            None if given.is_empty() => {
-                return Err(refuse("adapters", "is empty; give a folder").into());
-            }
-            // A slip in the path, or a disk that is not mounted, is not to look like an empty folder.
-            None if self.adapters.is_some() && !Path::new(given).is_dir() => {
-                let message = format!("there is no folder {given}; make it, or give another");
-                return Err(refuse("adapters", &message).into());
-            }
-            None => Store::folder(given),
+        let (given, store) = match &self.adapters {
+            Some(given) => (&**given, open_store(given)?),
+            None => match Store::folder(DEFAULT) {
+                Ok(store) => (DEFAULT, store),
+                Err(error) => {
+                    tracing::warn!(%error, "serving without adapters; --adapters says where they live");
+                    return Ok(None);
+                }
+            },
         };
-        match store {
-            Ok(store) => Ok(Some(Place {
-                store,
-                settings,
-                given: given.into(),
-            })),
-            Err(error) if self.adapters.is_none() => {
-                tracing::warn!(%error, "serving without adapters; --adapters says where they live");
-                Ok(None)
-            }
-            Err(error) => Err(Failure::new(format!("--adapters {given}: {error}"))),
+        Ok(Some(Place {
+            store,
+            settings,
+            given: given.into(),
+        }))
+    }
+}
+
+/// The store that the operator named, a folder or a bucket.
+pub(super) fn open_store(given: &str) -> Result<Store, Failure> {
+    let store = match given.split_once("://") {
+        Some(("s3", _)) => Store::s3(given, staging()),
+        Some(_) => return Err(refuse("adapters", "must be a folder or s3://BUCKET/PREFIX").into()),
+        None if given.is_empty() => {
+            return Err(refuse("adapters", "is empty; give a folder").into());
         }
+        // A slip in the path, or a disk that is not mounted, is not to look like an empty folder.
+        None if !Path::new(given).is_dir() => {
+            let message = format!("there is no folder {given}; make it, or give another");
+            return Err(refuse("adapters", &message).into());
+        }
+        None => Store::folder(given),
+    };
+    store.map_err(|error| Failure::new(format!("--adapters {given}: {error}")))
+}
+
+fn refuse(option: &'static str, message: &str) -> InvalidOption {
+    InvalidOption {
+        option,
+        message: message.into(),
     }
 }
 

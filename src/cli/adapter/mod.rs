@@ -11,10 +11,10 @@ use std::{fmt, path::PathBuf};
 
 use candle_core::{DType, Device};
 
-use super::Failure;
+use super::{Failure, options::SourceOption};
 use crate::{
     adapters::{Adapter, ReadOptions, SiteTable},
-    models::{Model, ModelSource},
+    models::Model,
 };
 
 /// Look into adapter files, check them, write them in another dialect
@@ -36,14 +36,8 @@ enum AdapterCommand {
 struct Subject {
     /// The adapter, a .safetensors file in any dialect
     file: PathBuf,
-    /// The model it is for: `demo` (inside the binary) or a folder in diffusers layout
-    #[arg(
-        long,
-        env = "LORIKEET_MODEL",
-        default_value = "demo",
-        value_name = "demo|DIR"
-    )]
-    model: ModelSource,
+    #[command(flatten)]
+    source: SourceOption,
     /// The word of vectors whose file names none; several times for several words
     #[arg(long, env = "LORIKEET_TOKEN", value_name = "WORD")]
     token: Vec<String>,
@@ -65,7 +59,7 @@ pub(super) fn run(options: AdapterOptions) -> Result<(), Failure> {
 
 impl Subject {
     fn target(&self) -> Result<Target, Failure> {
-        let model = Model::load(&self.model, &Device::Cpu, DType::F32).map_err(failed)?;
+        let model = Model::load(&self.source.model, &Device::Cpu, DType::F32).map_err(failed)?;
         let table = SiteTable::new(model.sites()).map_err(failed)?;
         Ok(Target { model, table })
     }

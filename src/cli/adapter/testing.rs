@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf};
 
 use serde::Deserialize;
 
-use super::{Subject, Target};
+use super::{SourceOption, Subject, Target};
 use crate::models::ModelSource;
 
 #[derive(Deserialize)]
@@ -41,7 +41,9 @@ impl Case {
     pub fn subject(&self) -> Subject {
         Subject {
             file: golden(&format!("adapters/{}.safetensors", self.name)),
-            model: ModelSource::Folder(golden("models").join(&self.model)),
+            source: SourceOption {
+                model: ModelSource::Folder(golden("models").join(&self.model)),
+            },
             token: self.tokens.clone(),
         }
     }
