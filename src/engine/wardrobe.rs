@@ -80,10 +80,6 @@ impl Wardrobe {
         &self.registry
     }
 
-    pub fn mixer(&self) -> &Arc<Mixer> {
-        &self.mixer
-    }
-
     /// Loads the adapters that a request names, all at once, mixes them, and puts the mixture into the
     /// request, and the files' hashes beside their names. Waits for these adapters and for nobody
     /// else's. Says which are not there, if that is to be ignored.

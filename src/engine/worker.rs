@@ -159,7 +159,7 @@ impl<B: Backend> Worker<B> {
                 break;
             }
         }
-        self.count_rows();
+        self.tell_running();
     }
 
     fn begin(&mut self, ticket: Ticket) {
@@ -235,7 +235,7 @@ impl<B: Backend> Worker<B> {
         let wanted = |row: &Running<_>| jobs.iter().any(|job| job.id == row.job);
         self.running.retain(wanted);
         self.stepped.retain(wanted);
-        self.count_rows();
+        self.tell_running();
     }
 
     /// Puts the pictures that have had their last step aside.
@@ -245,7 +245,7 @@ impl<B: Backend> Worker<B> {
             view.done >= view.of
         };
         self.stepped.extend(self.running.extract_if(.., last));
-        self.count_rows();
+        self.tell_running();
     }
 
     /// One forward for the pictures whose turn it is, and what follows from it.
@@ -441,7 +441,8 @@ impl<B: Backend> Worker<B> {
         }
     }
 
-    fn count_rows(&self) {
+    /// Tells the handles what is in progress.
+    fn tell_running(&self) {
         let rows = self
             .running
             .iter()

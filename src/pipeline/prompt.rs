@@ -203,7 +203,7 @@ fn weigh(marks: &[Mark]) -> Result<Vec<Fragment>, PromptError> {
 }
 
 /// Enough of a text to find it again.
-fn clip(text: &str) -> String {
+pub(super) fn clip(text: &str) -> String {
     const MOST: usize = 40;
     match text.char_indices().nth(MOST) {
         Some((end, _)) => format!("{}…", &text[..end]),

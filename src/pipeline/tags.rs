@@ -7,7 +7,10 @@
 //! With two bare numbers AUTOMATIC1111 takes the text encoder's first, its extensions and ComfyUI's
 //! the UNet's; here it is the UNet's, and the named form means the same everywhere.
 
-use super::request::{AdapterChoice, MOST_STRENGTH};
+use super::{
+    prompt::clip,
+    request::{AdapterChoice, MOST_STRENGTH},
+};
 
 /// What a tag may begin with.
 const KINDS: [&str; 2] = ["lora", "lyco"];
@@ -126,11 +129,6 @@ fn wrong(tag: &str, number: &str) -> String {
         "{tag}: `{}` is not a strength; it must be a number from -{MOST_STRENGTH} to {MOST_STRENGTH}",
         clip(number)
     )
-}
-
-/// Enough of a text to find it again.
-fn clip(text: &str) -> String {
-    text.chars().take(64).collect()
 }
 
 /// The tag that means a choice.
