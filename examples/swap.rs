@@ -1,8 +1,9 @@
 //! Times what a server does about adapters beside painting with them: finding, loading, mixing,
-//! switching, with one adapter in the registry and with a thousand, and painting while others load.
+//! switching, with a few adapters in the registry and with a thousand; what memory many swaps leave
+//! behind; and painting while others load.
 //!
 //! ```text
-//! swap --model demo|DIR [--rank 16] [--registered 1000] [--width 64 --height 64]    latents
+//! swap --model demo|DIR [--rank 16] [--registered 1000] [--rounds N] [--width 64 --height 64]    latents
 //! ```
 //!
 //! Adapters are random, over the linear maps of all attention, in f32. Prints one line of JSON; times
@@ -51,6 +52,9 @@ struct Options {
     height: u32,
     #[arg(long, default_value_t = 9)]
     rounds: usize,
+    /// Swaps over the adapters of the rounds, with room for a fifth of the mixtures
+    #[arg(long, default_value_t = 10_000)]
+    swaps: usize,
     /// Seconds of painting with and without loads beside it; 0 leaves that out
     #[arg(long, default_value_t = 20)]
     paint: u64,
@@ -219,6 +223,9 @@ async fn measure(options: &Options) -> Outcome<serde_json::Value> {
             "host_to_device": median(mixed), "resident": median(resident),
         });
     }
+    if options.swaps > 0 {
+        figures["swapping"] = swapping(options, &few, &loader, &modules, &request).await?;
+    }
     if options.paint > 0 {
         let info = ModelInfo {
             name,
@@ -255,6 +262,42 @@ async fn measure(options: &Options) -> Outcome<serde_json::Value> {
     }
     std::fs::remove_dir_all(&place)?;
     Ok(figures)
+}
+
+/// The process' memory over many swaps, in MB at every tenth of them.
+async fn swapping(
+    options: &Options,
+    folder: &Path,
+    loader: &AdapterLoader,
+    modules: &Arc<Modules>,
+    request: &ImageRequest,
+) -> Outcome<serde_json::Value> {
+    let registry = registry(folder, loader).await?;
+    // A mixture in the kernels' form takes about what its file does.
+    let file = std::fs::metadata(folder.join("a0000.safetensors"))?.len();
+    let room = file * options.rounds.div_ceil(5) as u64;
+    let mixer = Arc::new(Mixer::new(modules.clone(), room));
+    let wardrobe = Wardrobe::new(registry, mixer.clone());
+    let mut resident = Vec::new();
+    let began = Instant::now();
+    for swap in 0..options.swaps {
+        if swap % (options.swaps / 10).max(1) == 0 {
+            resident.push(resident_mb()?);
+        }
+        dress(&wardrobe, request, format!("a{:04}", swap % options.rounds)).await?;
+    }
+    resident.push(resident_mb()?);
+    Ok(serde_json::json!({
+        "swaps": options.swaps, "adapters": options.rounds, "mixtures_at_once": mixer.usage().adapters,
+        "seconds": began.elapsed().as_secs_f64(), "resident_mb": resident,
+    }))
+}
+
+fn resident_mb() -> Outcome<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    Ok(kib.ok_or("no VmRSS in /proc/self/status")?.parse::<f64>()? / 1024.0)
 }
 
 /// Steps done in a time, with four clients.
