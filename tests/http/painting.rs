@@ -218,6 +218,28 @@ async fn what_cannot_be_painted_with_is_refused_with_its_field() {
 }
 
 #[tokio::test]
+async fn an_adapter_for_another_family_is_refused_with_both_names() {
+    let site = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k";
+    let factor = |name: &str, shape: Vec<usize>| {
+        let values = vec![0.5; shape.iter().product()];
+        (format!("{site}.{name}.weight"), shape, values)
+    };
+    let tensors = [
+        factor("lora_A", vec![2, 2048]),
+        factor("lora_B", vec![640, 2]),
+    ];
+    let upload = create(shared(), "sdxl", pack(&tensors, Value::Null));
+    let (status, error) = refusal(upload.send().await.unwrap()).await;
+    assert_eq!(
+        (status, &error["code"]),
+        (StatusCode::CONFLICT, &json!("wrong_base_model"))
+    );
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("Stable Diffusion XL"), "{message}");
+    assert!(message.contains("`demo`"), "{message}");
+}
+
+#[tokio::test]
 async fn words_of_textual_inversion_mean_what_their_file_says() {
     let vectors: Vec<f32> = (0..3 * 128)
         .map(|i| (i as f32 * 0.37).cos() * 0.2)
