@@ -6,7 +6,7 @@ use super::gemm::{self, Matrix, Packed};
 use super::host::Out;
 use super::kernel::Kernel;
 use super::simd::{Level, exp, vectorised};
-use super::{host, parallel, product, reference};
+use super::{gradient, host, parallel, product, reference};
 
 /// Scores that a task holds at a time, in numbers: 512 kB stay in the second-level cache.
 const SCORES: usize = 1 << 17;
@@ -36,6 +36,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
             v.dims()
         )
     }
+    if host::is_tracked([q, k, v]) {
+        return gradient::attention(q, k, v, heads, causal);
+    }
     #[cfg(feature = "flash-attn")]
     if fits_flash([q, k, v], c / heads) {
         return flash([q, k, v], heads, c / heads, causal);
@@ -62,16 +65,16 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
     })
 }
 
-/// Whether candle's FlashAttention kernel takes these: half precision on a GPU, without gradients
-/// (it has no backward pass), with a head it was compiled for.
+/// Whether candle's FlashAttention kernel takes these: half precision on a GPU, with a head it was
+/// compiled for.
 #[cfg(feature = "flash-attn")]
 fn fits_flash(tensors: [&Tensor; 3], depth: usize) -> bool {
     use candle_core::DType;
     depth.is_multiple_of(8)
         && depth <= 256
-        && tensors.iter().all(|t| {
-            t.device().is_cuda() && matches!(t.dtype(), DType::F16 | DType::BF16) && !t.track_op()
-        })
+        && tensors
+            .iter()
+            .all(|t| t.device().is_cuda() && matches!(t.dtype(), DType::F16 | DType::BF16))
 }
 
 /// FlashAttention 2 (Dao 2023).

@@ -5,9 +5,10 @@
 
 use std::ops::Range;
 
-use candle_core::{Result, Tensor};
+use candle_core::{D, Result, Tensor};
 
 use super::gemm::Packed;
+use super::gradient::graft;
 use super::host;
 use super::product::Finish;
 use super::runs::Run;
@@ -79,6 +80,39 @@ impl<'a> Then<'a> {
                 shifts: numbers,
                 rows: per_row,
             },
+        }
+    }
+
+    /// The same of what nobody wants a gradient of, once `detached` holds it.
+    pub(super) fn detach(self, detached: &'a mut Option<Tensor>) -> Self {
+        *detached = self.tensor().map(Tensor::detach);
+        match (self, &*detached) {
+            (Self::Add(_), Some(more)) => Then::Add(more),
+            (Self::Shift(_), Some(more)) => Then::Shift(more),
+            _ => Then::Nothing,
+        }
+    }
+
+    /// `value`, a map's result for `x` with what is added, in the graph. `back` leads from the result's
+    /// gradient to the input's.
+    pub(super) fn graft(
+        self,
+        x: &Tensor,
+        value: Tensor,
+        back: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+    ) -> Result<Tensor> {
+        let wants_input = x.track_op();
+        let back = move |gradient: &Tensor| wants_input.then(|| back(gradient)).transpose();
+        match self {
+            Self::Nothing => graft([x], value, move |_, _, gradient| Ok([back(gradient)?])),
+            Self::Add(more) => graft([x, more], value, move |_, _, gradient| {
+                Ok([back(gradient)?, Some(gradient.clone())])
+            }),
+            Self::Shift(more) => graft([x, more], value, move |_, _, gradient| {
+                let (rows, width) = (gradient.dim(0)?, gradient.dim(D::Minus1)?);
+                let shifts = gradient.reshape((rows, (), width))?.sum(1)?;
+                Ok([back(gradient)?, Some(shifts)])
+            }),
         }
     }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use super::beside::{self, Beside, Map, Then};
 use super::gemm::{self, Packed, Rows};
 use super::linear::pack;
-use super::product::{self, Target};
-use super::{host, reference};
+use super::product::{self, Finish, Target};
+use super::{gradient, host, reference};
 
 /// A prepared 2-D convolution over channels-last pictures.
 ///
@@ -92,7 +92,21 @@ impl Conv2d {
             return Ok(y);
         }
         if beside.is_empty() {
-            return then.add(self.reference(x)?);
+            return match &self.weight {
+                Weight::Plain(weight) if weight.track_op() => {
+                    let bias = self.bias.clone();
+                    let still = Self::new(weight.detach(), bias, self.stride, self.padding)?;
+                    let y = gradient::trainable_conv(&still, x, weight, self.stride, self.padding)?;
+                    then.add(y)
+                }
+                _ if host::is_tracked(then.tensor().into_iter().chain([x])) => {
+                    let mut detached = None;
+                    let value = self.run(&x.detach(), then.detach(&mut detached), &[])?;
+                    let (own, size) = (self.clone(), [x.dim(1)?, x.dim(2)?]);
+                    then.graft(x, value, move |gradient| own.back(gradient, size))
+                }
+                _ => then.add(self.reference(x)?),
+            };
         }
         let run = |x: &Tensor, then: Then, beside: &[Beside]| self.run(x, then, beside);
         beside::composed(x, then, beside, self.bias.as_ref(), None, run)
@@ -118,11 +132,52 @@ impl Conv2d {
         }
         if beside.is_empty() {
             let large = reference::upsample_nearest_2x(x)?;
-            return self.reference(&large.narrow(1, 0, size[0])?.narrow(2, 0, size[1])?);
+            let large = large.narrow(1, 0, size[0])?.narrow(2, 0, size[1])?;
+            return self.run(&large, Then::Nothing, &[]);
         }
         let run = |x: &Tensor, _: Then, beside: &[Beside]| self.run_upsampled(x, size, beside);
         let bias = self.bias.as_ref();
         beside::composed(x, Then::Nothing, beside, bias, Some(size), run)
+    }
+
+    /// The gradient of the input, whose height and width are `input`, from that of the result.
+    pub(super) fn back(&self, gradient: &Tensor, input: [usize; 2]) -> Result<Tensor> {
+        let (b, h, w, c) = gradient.dims4()?;
+        let (packed, [kh, kw]) = match &self.weight {
+            Weight::Packed { packed, kernel } if host::is_plain([gradient]) => (packed, *kernel),
+            _ => {
+                let weight = self.weight()?;
+                let (stride, padding) = (self.stride, self.padding);
+                return gradient::transposed_conv(gradient, &weight, stride, padding, input);
+            }
+        };
+        let weight = packed.transposed();
+        let [top, _, left, _] = self.padding;
+        host::with_slices([gradient], |[numbers]| {
+            let zeros = vec![0.0; c];
+            let source = Patches {
+                numbers,
+                zeros: &zeros,
+                stored: [h, w],
+                doubled: false,
+                spread: self.stride,
+                input: [(h - 1) * self.stride + 1, (w - 1) * self.stride + 1],
+                output: input,
+                kernel: [kh, kw],
+                stride: 1,
+                padding: [kh - 1 - top, kw - 1 - left],
+            };
+            let rows = b * input[0] * input[1];
+            let target = Target::Rows(Finish::Nothing);
+            let kernel = gemm::current_kernel();
+            // SAFETY: the shape is `rows` rows of numbers, and `product` writes them all.
+            unsafe {
+                host::new_tensor((b, input[0], input[1], weight.outputs), |out| {
+                    product::product(&kernel, &weight, rows, &source, &[], target, out);
+                    Ok(())
+                })
+            }
+        })
     }
 
     fn reference(&self, x: &Tensor) -> Result<Tensor> {
@@ -189,6 +244,7 @@ impl Conv2d {
                 zeros: &zeros,
                 stored: [stored_h, stored_w],
                 doubled: upsampled.is_some(),
+                spread: 1,
                 input: [h, w],
                 output: size,
                 kernel: *kernel,
@@ -248,6 +304,8 @@ pub(super) struct Patches<'a> {
     pub stored: [usize; 2],
     /// Whether every pixel in memory stands for two by two.
     pub doubled: bool,
+    /// How far apart the kernel sees the pixels in memory, with zeros between them.
+    pub spread: usize,
     /// The picture the kernel sees.
     pub input: [usize; 2],
     pub output: [usize; 2],
@@ -269,9 +327,11 @@ unsafe impl Rows for Patches<'_> {
             let y = (y * self.stride + ky).wrapping_sub(self.padding[0]);
             for kx in 0..self.kernel[1] {
                 let x = (x * self.stride + kx).wrapping_sub(self.padding[1]);
-                table[(ky * self.kernel[1] + kx) * stride] = if y < h && x < w {
-                    let pixel = (item * self.stored[0] + (y >> halving)) * self.stored[1];
-                    self.numbers[(pixel + (x >> halving)) * c..][..c].as_ptr()
+                let seen = y < h && x < w && y % self.spread == 0 && x % self.spread == 0;
+                table[(ky * self.kernel[1] + kx) * stride] = if seen {
+                    let (y, x) = (y / self.spread >> halving, x / self.spread >> halving);
+                    let pixel = (item * self.stored[0] + y) * self.stored[1] + x;
+                    self.numbers[pixel * c..][..c].as_ptr()
                 } else {
                     self.zeros.as_ptr()
                 };

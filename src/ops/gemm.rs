@@ -107,6 +107,39 @@ impl Packed {
         Self::of_lines(lines, outputs, depth)
     }
 
+    /// The weight of the way back, `[depth, outputs]` with its taps in reverse order, without a bias.
+    pub(super) fn transposed(&self) -> Self {
+        let (outputs, depth, taps) = (self.depth, self.outputs, self.taps);
+        let per_panel = taps * depth;
+        let panels = outputs.div_ceil(COLS);
+        let mut lines = vec![Line::ZERO; panels * per_panel];
+        let place = Place::new(&mut lines);
+        parallel::run(panels, |p| {
+            // SAFETY: every task has a panel of its own.
+            let panel = unsafe { place.part(p * per_panel, per_panel) };
+            let lanes = COLS.min(outputs - p * COLS);
+            for (tap, to) in panel.chunks_exact_mut(depth.max(1)).enumerate() {
+                // Squares of sixteen by sixteen numbers.
+                for (q, to) in to.chunks_mut(COLS).enumerate() {
+                    let from = &self.panel(q)[(taps - 1 - tap) * self.depth + p * COLS..];
+                    for (lane, from) in from[..lanes].iter().enumerate() {
+                        for (to, number) in to.iter_mut().zip(from.0) {
+                            to.0[lane] = number;
+                        }
+                    }
+                }
+            }
+        });
+        Self {
+            outputs,
+            taps,
+            depth,
+            lines,
+            bias: None,
+            blocks: blocks(taps, depth),
+        }
+    }
+
     fn of_lines(lines: Vec<Line>, outputs: usize, depth: usize) -> Self {
         Self {
             outputs,
@@ -375,6 +408,22 @@ mod tests {
                 next += b.taps * b.depth;
             }
             assert_eq!(next, taps * depth);
+        }
+    }
+
+    #[test]
+    fn a_transposed_weight_is_the_one_of_the_way_back() {
+        for (outputs, depth, taps) in [(1, 1, 1), (17, 3, 9), (48, 70, 1), (5, 33, 4)] {
+            let at = |o: usize, k: usize, tap: usize| ((o * depth + k) * taps + tap) as f32;
+            let weight: Vec<f32> = (0..outputs * depth * taps).map(|i| i as f32).collect();
+            let back = Packed::new(&weight, None, outputs, depth, taps).transposed();
+            let mut expected = Vec::new();
+            for k in 0..depth {
+                for o in 0..outputs {
+                    expected.extend((0..taps).rev().map(|tap| at(o, k, tap)));
+                }
+            }
+            assert_eq!(back.unpack(), expected);
         }
     }
 

@@ -4,6 +4,11 @@ use std::cell::Cell;
 
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, bail};
 
+/// Whether somebody wants a gradient of one of these.
+pub(super) fn is_tracked<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    tensors.into_iter().any(Tensor::track_op)
+}
+
 /// Whether the kernels of this module may serve these tensors: f32 in host memory, and nobody
 /// wants a gradient.
 pub(super) fn is_plain<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {

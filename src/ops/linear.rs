@@ -3,6 +3,7 @@ use std::sync::Arc;
 
 use super::beside::{self, Beside, Map, Then};
 use super::gemm::{self, Matrix, Packed};
+use super::gradient::graft;
 use super::product::{self, Target};
 use super::{host, reference};
 
@@ -65,11 +66,30 @@ impl Linear {
             return Ok(y);
         }
         if beside.is_empty() {
-            let y = reference::linear(x, &self.weight()?, self.bias.as_ref())?;
-            return then.add(y);
+            return match &self.weight {
+                Weight::Plain(weight) if weight.track_op() => {
+                    then.add(trainable(x, weight, self.bias.as_ref())?)
+                }
+                _ if host::is_tracked(then.tensor().into_iter().chain([x])) => {
+                    let mut detached = None;
+                    let value = self.run(&x.detach(), then.detach(&mut detached), &[])?;
+                    let own = self.clone();
+                    then.graft(x, value, move |gradient| own.back(gradient))
+                }
+                _ => then.add(reference::linear(x, &self.weight()?, self.bias.as_ref())?),
+            };
         }
         let run = |x: &Tensor, then: Then, beside: &[Beside]| self.run(x, then, beside);
         beside::composed(x, then, beside, self.bias.as_ref(), None, run)
+    }
+
+    /// The gradient of the input from that of the result.
+    fn back(&self, gradient: &Tensor) -> Result<Tensor> {
+        let weight = match &self.weight {
+            Weight::Packed(packed) => Weight::Packed(Arc::new(packed.transposed())),
+            Weight::Plain(weight) => Weight::Plain(weight.t()?),
+        };
+        Self { weight, bias: None }.forward(gradient)
     }
 
     pub(super) fn packed(&self) -> Option<&Packed> {
@@ -89,6 +109,27 @@ impl Linear {
             Weight::Plain(weight) => Ok(weight.clone()),
         }
     }
+}
+
+/// A map whose weight is trained, `[out, in]`; a bias is frozen.
+fn trainable(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (outputs, depth) = weight.dims2()?;
+    let mut shape = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = outputs;
+    }
+    let rows = x.detach().reshape(((), depth))?;
+    let value = reference::linear(&rows, &weight.detach(), bias)?.reshape(shape)?;
+    let wants_input = x.track_op();
+    graft([x, weight], value, move |[x, weight], _, gradient| {
+        let gradient = gradient.reshape(((), outputs))?;
+        let input = match wants_input {
+            true => Some(gradient.matmul(weight)?.reshape(x.shape())?),
+            false => None,
+        };
+        let rows = x.reshape(((), depth))?;
+        Ok([input, Some(gradient.t()?.matmul(&rows)?)])
+    })
 }
 
 /// Packs a plain weight, `[outputs, depth, taps]`, and bias.

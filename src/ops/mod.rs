@@ -4,9 +4,10 @@
 //! convolution is then a matrix product, attention reads tokens without a transpose, and channel
 //! loops vectorise.
 //!
-//! Each operation has two forms. f32 tensors in host memory that nobody wants a gradient of, which
-//! is all of serving on a CPU, go through the kernels of this module; everything else is composed
-//! from candle's operations in `reference`, which is also the tests' oracle.
+//! Each operation has two forms. f32 tensors in host memory, which is all of serving and of training
+//! on a CPU, go through the kernels of this module; everything else is composed from candle's
+//! operations in `reference`, which is also the tests' oracle. Where somebody wants a gradient,
+//! `gradient` joins either form to its way back.
 //!
 //! Adapters are put [`Beside`] a map: the kernels compute what they add tile by tile with the map's own
 //! product, each for its rows.
@@ -20,6 +21,7 @@ mod attention;
 mod beside;
 mod conv;
 mod gemm;
+mod gradient;
 mod host;
 mod kernel;
 mod linear;
@@ -38,6 +40,7 @@ mod upsample;
 pub use attention::attention;
 pub use beside::{Beside, Map, Term, Then};
 pub use conv::Conv2d;
+pub use gradient::{Collected, recomputed};
 pub use linear::Linear;
 pub use memory::{give_back_freed, keep_freed};
 pub use norm::{group_norm, layer_norm};

@@ -1,6 +1,7 @@
 use candle_core::{Result, Tensor, bail};
 
 use super::gemm;
+use super::gradient;
 use super::host::{self, Out, Place};
 use super::parallel;
 use super::reference;
@@ -36,6 +37,11 @@ pub fn group_norm(
             weight.dims(),
             bias.dims()
         )
+    }
+    if x.track_op()
+        && let Some(y) = gradient::group_norm(x, groups, weight, bias, eps, silu)?
+    {
+        return Ok(y);
     }
     if !host::is_plain([x, weight, bias]) || x.elem_count() == 0 {
         return reference::group_norm(x, groups, weight, bias, eps, silu);
@@ -247,6 +253,11 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
             weight.dims(),
             bias.dims()
         )
+    }
+    if x.track_op()
+        && let Some(y) = gradient::layer_norm(x, weight, bias, eps)?
+    {
+        return Ok(y);
     }
     if !host::is_plain([x, weight, bias]) || x.elem_count() == 0 {
         return reference::layer_norm(x, weight, bias, eps);

@@ -2,7 +2,7 @@ use candle_core::{D, Result, Tensor, bail};
 
 use super::gemm;
 use super::simd::{Level, normal_cdf, sigmoid, vectorised};
-use super::{host, parallel, reference};
+use super::{gradient, host, parallel, reference};
 
 /// Numbers of one task.
 const TASK: usize = 1 << 14;
@@ -20,6 +20,11 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
         }
         _ => bail!("geglu: an input of shape {:?}", x.dims()),
     };
+    if x.track_op()
+        && let Some(y) = gradient::geglu(x)?
+    {
+        return Ok(y);
+    }
     if !host::is_plain([x]) || x.elem_count() == 0 {
         return reference::geglu(x);
     }
@@ -58,6 +63,11 @@ vectorised! {
 /// # Errors
 /// Those of candle.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
+    if x.track_op()
+        && let Some(y) = gradient::silu(x)?
+    {
+        return Ok(y);
+    }
     each(x, silus, reference::silu)
 }
 
@@ -66,6 +76,11 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// Those of candle.
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
+    if x.track_op()
+        && let Some(y) = gradient::quick_gelu(x)?
+    {
+        return Ok(y);
+    }
     each(x, quick_gelus, reference::quick_gelu)
 }
 
@@ -74,6 +89,11 @@ pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// Those of candle.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    if x.track_op()
+        && let Some(y) = gradient::gelu(x)?
+    {
+        return Ok(y);
+    }
     each(x, gelus, Tensor::gelu_erf)
 }
 
@@ -134,6 +154,9 @@ pub fn concat_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     else {
         bail!("concat: scalars have no channels")
     };
+    if host::is_tracked([a, b]) {
+        return gradient::concat_channels(a, b);
+    }
     if left != right || !host::is_plain([a, b]) {
         return Tensor::cat(&[a, b], D::Minus1);
     }

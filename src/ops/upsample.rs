@@ -5,9 +5,9 @@ use candle_core::{Result, Tensor};
 use super::beside::{self, Beside, Map, Then};
 use super::conv::{Conv2d, Patches};
 use super::gemm::{self, Packed};
-use super::host;
 use super::product::{self, Target};
 use super::runs::Run;
+use super::{gradient, host};
 
 /// A picture doubled by repeating every pixel, then a convolution, in one operation.
 ///
@@ -52,6 +52,13 @@ impl UpsampledConv2d {
     /// If the shapes do not fit.
     pub fn run(&self, x: &Tensor, size: [usize; 2], beside: &[Beside]) -> Result<Tensor> {
         let (_, h, w, c) = x.dims4()?;
+        if beside.is_empty() && x.track_op() && self.places.is_some() {
+            let value = self.run(&x.detach(), size, &[])?;
+            let conv = self.conv.clone();
+            return Then::Nothing.graft(x, value, move |gradient| {
+                gradient::doubled_back(&conv.back(gradient, size)?, [h, w])
+            });
+        }
         // At the cut edge of an odd size the kernel sees zeros where the doubled pixel was.
         let Some(places) = self
             .places
@@ -127,6 +134,7 @@ fn double(places: &[Packed; 4], x: &Tensor, runs: &[Vec<Run>]) -> Result<Tensor>
                         zeros: &zeros,
                         stored: [h, w],
                         doubled: false,
+                        spread: 1,
                         input: [h, w],
                         output: [h, w],
                         kernel: [2, 2],
