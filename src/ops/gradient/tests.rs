@@ -218,7 +218,7 @@ fn what_is_trained_beside_a_map_gets_its_gradient() {
 #[test]
 fn attention_gives_all_three_gradients_and_keeps_no_scores() {
     for (b, tq, tk, heads, d, causal) in [
-        (1, 1, 1, 1, 1, false),
+        (1, 1, 2, 1, 1, false),
         (2, 5, 9, 3, 7, false),
         (1, 77, 77, 2, 20, true),
         (1, 150, 77, 2, 24, false),
@@ -253,7 +253,7 @@ fn attention_gives_all_three_gradients_and_keeps_no_scores() {
 fn norms_pass_gradients_on() {
     for (shape, groups) in [
         (vec![2, 5, 7, 12], 3),
-        (vec![1, 1, 1, 4], 2),
+        (vec![1, 1, 3, 4], 2),
         (vec![3, 40, 40], 8),
     ] {
         let c = shape[shape.len() - 1];
