@@ -10,7 +10,8 @@ step first.
 
     {"name": …, "seconds": [one number a step], "median": …, "peak_rss_mb": …, "peak_step_rss_mb": …, "numbers": …}
 
-`peak_rss_mb` is that of the whole process (getrusage), loading included; `peak_step_rss_mb` that of the steps alone.
+`peak_rss_mb` is that of the whole process (getrusage), loading included; `peak_step_rss_mb` that of the timed steps. Both
+count torch's own libraries and all weights.
 """
 import argparse
 import json
@@ -28,18 +29,17 @@ WORK = {"demo": dict(side=128, batch=4, steps=10), "sd15": dict(side=256, batch=
 RANK = 4
 
 
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def forget_peak():
-    """From here on the kernel counts a new peak, where it lets us."""
+    """From here on the kernel counts a new peak, where it lets us; getrusage's is then the new one too."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     return True
-
-
-def peak_since():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def measure(name, model, threads, side, batch, steps, checkpointing, layout):
@@ -75,7 +75,7 @@ def measure(name, model, threads, side, batch, steps, checkpointing, layout):
         return loss.item()
 
     step()
-    anew = forget_peak()
+    before, anew = peak(), forget_peak()
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
@@ -83,8 +83,7 @@ def measure(name, model, threads, side, batch, steps, checkpointing, layout):
         seconds.append(time.perf_counter() - start)
     print(json.dumps(dict(
         name=name, seconds=seconds, median=statistics.median(seconds),
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        peak_step_rss_mb=peak_since() if anew else None, numbers=sum(p.numel() for p in parameters))), flush=True)
+        peak_rss_mb=max(before, peak()), peak_step_rss_mb=peak() if anew else None, numbers=sum(p.numel() for p in parameters))), flush=True)
 
 
 def main():
