@@ -1,1 +1,4 @@
 //! Training: pictures in, a servable adapter out.
+
+#[cfg(test)]
+mod golden;
