@@ -1,1 +1,3 @@
 //! Training: pictures in, a servable adapter out.
+
+pub mod optimizer;
