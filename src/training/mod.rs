@@ -1,3 +1,8 @@
 //! Training: pictures in, a servable adapter out.
 
+pub mod objective {
+    pub mod weights;
+}
 pub mod optimizer;
+pub mod order;
+pub mod random;
