@@ -66,6 +66,18 @@ impl fmt::Display for Dialect {
 }
 
 impl Adapter {
+    /// One that was made here, under PEFT's names.
+    pub fn trained(deltas: BTreeMap<Arc<str>, Delta>, embeddings: Vec<TokenEmbedding>) -> Self {
+        Self {
+            deltas,
+            embeddings,
+            dialect: Dialect::Peft,
+            family: None,
+            unmatched: Vec::new(),
+            metadata: BTreeMap::new(),
+        }
+    }
+
     /// Bytes its tensors take in host memory.
     pub fn bytes(&self) -> usize {
         let deltas: usize = self.deltas.values().map(Delta::bytes).sum();

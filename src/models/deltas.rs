@@ -52,6 +52,27 @@ impl DeltaSet {
         self.len() == 0
     }
 
+    /// The same, of which nobody wants a gradient.
+    fn detach(&self) -> Result<Self> {
+        let site = |delta: &SiteDelta| {
+            Ok(SiteDelta {
+                terms: delta
+                    .terms
+                    .iter()
+                    .map(Term::detach)
+                    .collect::<Result<_>>()?,
+                scale: delta.scale.as_ref().map(Tensor::detach),
+                bias: delta.bias.as_ref().map(Tensor::detach),
+                weight: delta.weight.as_ref().map(Tensor::detach),
+            })
+        };
+        let sites = self.sites.iter();
+        let sites = sites.map(|delta| delta.as_ref().map(site).transpose());
+        Ok(Self {
+            sites: sites.collect::<Result<_>>()?,
+        })
+    }
+
     fn get(&self, site: usize) -> Option<&SiteDelta> {
         self.sites.get(site)?.as_ref()
     }
@@ -88,6 +109,23 @@ impl DeltaBatch {
             }
         }
         Self { runs }
+    }
+
+    /// The same, of which nobody wants a gradient.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn detach(&self) -> Result<Self> {
+        let run = |run: &Run| {
+            let set = run.set.as_ref().map(|set| set.detach()).transpose()?;
+            Ok(Run {
+                rows: run.rows.clone(),
+                set: set.map(Arc::new),
+            })
+        };
+        Ok(Self {
+            runs: self.runs.iter().map(run).collect::<Result<_>>()?,
+        })
     }
 
     /// How a forward takes it.

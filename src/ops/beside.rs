@@ -31,6 +31,23 @@ pub struct Term {
     pub up: Option<Linear>,
 }
 
+impl Term {
+    /// The same, of which nobody wants a gradient.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn detach(&self) -> Result<Self> {
+        Ok(Self {
+            map: match &self.map {
+                Map::Linear(map) => Map::Linear(map.detach()?),
+                Map::Conv2d(map) => Map::Conv2d(map.detach()?),
+                Map::Upsampled(map) => Map::Upsampled(map.detach()?),
+            },
+            up: self.up.as_ref().map(Linear::detach).transpose()?,
+        })
+    }
+}
+
 /// What is beside a map for a run of rows of its input's first dimension:
 /// `y = scale · (y₀ - b₀) + b₀ + Σ terms(x) + bias`, where `y₀` is the map's own result and `b₀` its
 /// bias.

@@ -94,9 +94,8 @@ impl Conv2d {
         if beside.is_empty() {
             return match &self.weight {
                 Weight::Plain(weight) if weight.track_op() => {
-                    let bias = self.bias.clone();
-                    let still = Self::new(weight.detach(), bias, self.stride, self.padding)?;
-                    let y = gradient::trainable_conv(&still, x, weight, self.stride, self.padding)?;
+                    let (still, stride) = (self.detach()?, self.stride);
+                    let y = gradient::trainable_conv(&still, x, weight, stride, self.padding)?;
                     then.add(y)
                 }
                 _ if host::is_tracked(then.tensor().into_iter().chain([x])) => {
@@ -138,6 +137,22 @@ impl Conv2d {
         let run = |x: &Tensor, _: Then, beside: &[Beside]| self.run_upsampled(x, size, beside);
         let bias = self.bias.as_ref();
         beside::composed(x, Then::Nothing, beside, bias, Some(size), run)
+    }
+
+    /// The same map, of which nobody wants a gradient.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn detach(&self) -> Result<Self> {
+        match &self.weight {
+            Weight::Plain(weight) if weight.track_op() => Self::new(
+                weight.detach(),
+                self.bias.clone(),
+                self.stride,
+                self.padding,
+            ),
+            _ => Ok(self.clone()),
+        }
     }
 
     /// The gradient of the input, whose height and width are `input`, from that of the result.

@@ -83,6 +83,19 @@ impl Linear {
         beside::composed(x, then, beside, self.bias.as_ref(), None, run)
     }
 
+    /// The same map, of which nobody wants a gradient.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn detach(&self) -> Result<Self> {
+        match &self.weight {
+            Weight::Plain(weight) if weight.track_op() => {
+                Self::new(weight.detach(), self.bias.clone())
+            }
+            _ => Ok(self.clone()),
+        }
+    }
+
     /// The gradient of the input from that of the result.
     fn back(&self, gradient: &Tensor) -> Result<Tensor> {
         let weight = match &self.weight {

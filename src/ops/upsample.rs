@@ -75,6 +75,14 @@ impl UpsampledConv2d {
         beside::composed(x, Then::Nothing, beside, bias, Some(size), run)
     }
 
+    /// The same map, of which nobody wants a gradient.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn detach(&self) -> Result<Self> {
+        Ok(Self::new(self.conv.detach()?))
+    }
+
     pub(super) fn conv(&self) -> &Conv2d {
         &self.conv
     }

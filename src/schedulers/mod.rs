@@ -105,6 +105,28 @@ pub trait Sampler: Send {
     fn add_noise(&self, original: &[f32], noise: &[f32]) -> Option<Vec<f32>>;
 }
 
+/// The noise schedule that a model is trained on.
+#[derive(Debug, Clone)]
+pub struct NoiseLevels {
+    /// Cumulative products of `1 - beta`, one for each timestep: the share of the signal.
+    pub alphas_cumprod: Vec<f32>,
+    pub prediction: PredictionType,
+}
+
+impl NoiseLevels {
+    /// Those of diffusers' `DDPMScheduler.from_config(config)`, which its trainers use.
+    ///
+    /// # Errors
+    /// Betas that make no schedule.
+    pub fn new(config: &SchedulerConfig) -> Result<Self, SchedulerError> {
+        let schedule = schedule::Schedule::new(config, schedule::Defaults::DDIM)?;
+        Ok(Self {
+            alphas_cumprod: schedule.alphas_cumprod,
+            prediction: schedule.prediction,
+        })
+    }
+}
+
 /// Builds the sampler that diffusers' `Kind.from_config(config)` with `set_timesteps(steps)` is.
 ///
 /// With a `strength` in (0, 1] only the last `int(steps * strength)` steps run, as in diffusers'

@@ -1,4 +1,19 @@
 //! Training: pictures in, a servable adapter out.
+//!
+//! The model is the one that paints: [`Trainable`] hangs variables at its sites as a
+//! [`DeltaSet`](crate::models::DeltaSet), and the ways back are those of [`ops`](crate::ops). No weight of
+//! the base is ever a variable.
 
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod gradient_tests;
+pub mod objective;
+pub mod optimizer;
+pub mod order;
+pub mod random;
+mod step;
+mod trainable;
+
+pub use step::{Passage, Rates, StepError, gradients, update};
+pub use trainable::{Parameter, Part, Trainable};

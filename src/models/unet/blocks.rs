@@ -1,9 +1,11 @@
 //! The blocks of the way down, the middle and the way up.
 
-use candle_core::{Result, Tensor};
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor, bail};
 
 use super::super::{
-    Deltas, LoadError,
+    DeltaBatch, Deltas, LoadError,
     layers::{Conv2d, ConvShape, Scope, UpsampledConv2d},
     resnet::{ResnetBlock, ResnetConfig},
 };
@@ -11,7 +13,7 @@ use super::{
     Context, LevelConfig, UNetConfig,
     transformer::{Transformer, TransformerShape},
 };
-use crate::ops;
+use crate::ops::{self, Collected};
 
 type Loaded<T> = std::result::Result<T, LoadError>;
 
@@ -22,6 +24,17 @@ pub(super) struct Given<'a> {
     pub time: &'a Tensor,
     pub context: &'a Context,
     pub deltas: Deltas<'a>,
+    /// In training that keeps little: layers are computed again on the way back.
+    pub again: Option<&'a Again<'a>>,
+}
+
+/// How layers are computed again (gradient checkpointing).
+pub(super) struct Again<'a> {
+    /// The deltas without gradients, under which a layer is run first.
+    pub still: &'a DeltaBatch,
+    /// Those it is run under on the way back.
+    pub live: &'a Arc<DeltaBatch>,
+    pub collected: &'a Collected,
 }
 
 /// A residual block and, in attending blocks, the transformer behind it.
@@ -32,10 +45,32 @@ struct Layer {
 }
 
 impl Layer {
-    fn forward(&self, x: &Tensor, given: Given) -> Result<Tensor> {
-        let x = self.resnet.forward(x, Some(given.time), given.deltas)?;
+    fn forward(self: &Arc<Self>, x: &Tensor, given: Given) -> Result<Tensor> {
+        let Some(again) = given.again else {
+            return self.run(x, given.time, given.context, given.deltas);
+        };
+        if given.time.track_op() {
+            bail!(
+                "unet: the timestep's embedding cannot be trained where layers are computed again"
+            )
+        }
+        let context = given.context;
+        let deltas = again.still.deltas();
+        let value = self.run(&x.detach(), given.time, &context.detach(), deltas)?;
+        let (layer, live, time) = (self.clone(), again.live.clone(), given.time.clone());
+        let lengths = context.detach();
+        ops::recomputed(
+            [x, context.tokens()],
+            value,
+            again.collected,
+            move |[x, tokens]| layer.run(x, &time, &lengths.with_tokens(tokens), live.deltas()),
+        )
+    }
+
+    fn run(&self, x: &Tensor, time: &Tensor, context: &Context, deltas: Deltas) -> Result<Tensor> {
+        let x = self.resnet.forward(x, Some(time), deltas)?;
         match &self.attention {
-            Some(attention) => attention.forward(&x, given.context, given.deltas),
+            Some(attention) => attention.forward(&x, context, deltas),
             None => Ok(x),
         }
     }
@@ -79,7 +114,7 @@ fn load_attention(
 /// `DownBlock2D` and `CrossAttnDownBlock2D`.
 #[derive(Debug)]
 pub(super) struct DownBlock {
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     downsample: Option<Conv2d>,
 }
 
@@ -90,13 +125,13 @@ impl DownBlock {
         let c = level.channels;
         let layers = (0..level.layers)
             .map(|i| {
-                Ok(Layer {
+                Ok(Arc::new(Layer {
                     resnet: load_resnet(scope, config, i, if i == 0 { input } else { c }, c)?,
                     attention: level
                         .down_attention
                         .then(|| load_attention(scope, config, i, level, level.down_transformers))
                         .transpose()?,
-                })
+                }))
             })
             .collect::<Loaded<_>>()?;
         let last = index + 1 == config.levels.len();
@@ -130,37 +165,40 @@ impl DownBlock {
 /// `UNetMidBlock2DCrossAttn`.
 #[derive(Debug)]
 pub(super) struct MidBlock {
-    first: ResnetBlock,
-    attention: Transformer,
-    last: ResnetBlock,
+    first: Arc<Layer>,
+    last: Arc<Layer>,
 }
 
 impl MidBlock {
     pub fn load(scope: &Scope, config: &UNetConfig, level: &LevelConfig) -> Loaded<Self> {
         let c = level.channels;
         Ok(Self {
-            first: load_resnet(scope, config, 0, c, c)?,
-            attention: load_attention(scope, config, 0, level, level.down_transformers)?,
-            last: load_resnet(scope, config, 1, c, c)?,
+            first: Arc::new(Layer {
+                resnet: load_resnet(scope, config, 0, c, c)?,
+                attention: Some(load_attention(
+                    scope,
+                    config,
+                    0,
+                    level,
+                    level.down_transformers,
+                )?),
+            }),
+            last: Arc::new(Layer {
+                resnet: load_resnet(scope, config, 1, c, c)?,
+                attention: None,
+            }),
         })
     }
 
     pub fn forward(&self, x: &Tensor, given: Given) -> Result<Tensor> {
-        let Given {
-            time,
-            context,
-            deltas,
-        } = given;
-        let x = self.first.forward(x, Some(time), deltas)?;
-        let x = self.attention.forward(&x, context, deltas)?;
-        self.last.forward(&x, Some(time), deltas)
+        self.last.forward(&self.first.forward(x, given)?, given)
     }
 }
 
 /// `UpBlock2D` and `CrossAttnUpBlock2D`.
 #[derive(Debug)]
 pub(super) struct UpBlock {
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     upsample: Option<UpsampledConv2d>,
 }
 
@@ -176,13 +214,13 @@ impl UpBlock {
             .map(|i| {
                 let from_below = if i == 0 { input } else { c };
                 let skip = if i + 1 == count { entry } else { c };
-                Ok(Layer {
+                Ok(Arc::new(Layer {
                     resnet: load_resnet(scope, config, i, from_below + skip, c)?,
                     attention: level
                         .up_attention
                         .then(|| load_attention(scope, config, i, level, level.up_transformers))
                         .transpose()?,
-                })
+                }))
             })
             .collect::<Loaded<_>>()?;
         let upsample = (index > 0)
@@ -196,7 +234,7 @@ impl UpBlock {
         let mut x = x.clone();
         for layer in &self.layers {
             let Some(skip) = skips.pop() else {
-                candle_core::bail!("unet: the way up asks for more than the way down left");
+                bail!("unet: the way up asks for more than the way down left");
             };
             x = layer.forward(&ops::concat_channels(&x, &skip)?, given)?;
         }

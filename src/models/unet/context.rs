@@ -24,6 +24,19 @@ impl Context {
         Ok(Self { tokens, lengths })
     }
 
+    /// The same, of which nobody wants a gradient.
+    pub fn detach(&self) -> Self {
+        self.with_tokens(&self.tokens.detach())
+    }
+
+    /// Other tokens of the same lengths.
+    pub fn with_tokens(&self, tokens: &Tensor) -> Self {
+        Self {
+            tokens: tokens.clone(),
+            lengths: self.lengths.clone(),
+        }
+    }
+
     pub fn tokens(&self) -> &Tensor {
         &self.tokens
     }

@@ -6,13 +6,16 @@ mod context;
 mod time;
 mod transformer;
 
-use candle_core::{DType, Result, Tensor, bail};
+use std::sync::Arc;
+
+use candle_core::{DType, Result, Tensor, Var, bail};
 
 use super::{
-    Deltas, LoadError,
+    DeltaBatch, Deltas, LoadError,
     layers::{Conv2d, ConvShape, GroupNorm, Scope},
 };
-use blocks::{DownBlock, Given, MidBlock, UpBlock};
+use crate::ops::Collected;
+use blocks::{Again, DownBlock, Given, MidBlock, UpBlock};
 use config::LevelConfig;
 pub(super) use config::UNetConfig;
 use context::Context;
@@ -123,6 +126,39 @@ impl UNet2DConditionModel {
         context: &[Tensor],
         deltas: Deltas,
     ) -> Result<Tensor> {
+        self.run(sample, timesteps, context, deltas, None)
+    }
+
+    /// [`UNet2DConditionModel::forward`] in training that keeps little: a layer (a residual block with its
+    /// transformer) is run under the detached deltas first, and again under the live ones on the way
+    /// back, where the gradients of its variables go to `collected`.
+    ///
+    /// # Errors
+    /// As [`UNet2DConditionModel::forward`]; a delta that wants a gradient at the timestep's embedding.
+    pub fn forward_recomputing(
+        &self,
+        sample: &Tensor,
+        timesteps: &[f32],
+        context: &[Tensor],
+        deltas: &Arc<DeltaBatch>,
+        collected: &Collected,
+    ) -> Result<Tensor> {
+        let again = Again {
+            still: &deltas.detach()?,
+            live: deltas,
+            collected,
+        };
+        self.run(sample, timesteps, context, deltas.deltas(), Some(&again))
+    }
+
+    fn run(
+        &self,
+        sample: &Tensor,
+        timesteps: &[f32],
+        context: &[Tensor],
+        deltas: Deltas,
+        again: Option<&Again>,
+    ) -> Result<Tensor> {
         let (b, _, _, c) = sample.dims4()?;
         if timesteps.len() != b || context.len() != b || c != self.config.in_channels {
             bail!(
@@ -141,10 +177,15 @@ impl UNet2DConditionModel {
             time: &time,
             context: &context,
             deltas,
+            again,
         };
         let mut x = self
             .conv_in
             .forward(&sample.to_dtype(self.dtype)?, deltas)?;
+        if again.is_some() && !x.track_op() {
+            // Only what wants a gradient has a way back.
+            x = Var::from_tensor(&x)?.into_inner();
+        }
         let mut skips = vec![x.clone()];
         for block in &self.down {
             x = block.forward(&x, given, &mut skips)?;

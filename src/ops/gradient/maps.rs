@@ -7,7 +7,7 @@ use crate::ops::{Conv2d, host, reference};
 
 /// `[out, in, kh, kw]` to the weight of the convolution that leads back, `[in, out, kh, kw]`.
 fn transposed_weight(weight: &Tensor) -> Result<Tensor> {
-    weight.transpose(0, 1)?.flip(&[2, 3])?.contiguous()
+    weight.transpose(0, 1)?.contiguous()?.flip(&[2, 3])
 }
 
 /// The gradient of a convolution's input, `[b, h, w, in]` with `input` its height and width, from that of

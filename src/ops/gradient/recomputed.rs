@@ -1,38 +1,45 @@
 //! Gradient checkpointing (Chen et al. 2016): what a block keeps inside is computed again on the way
 //! back.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Result, Tensor, TensorId, Var};
 
 use super::graft;
 
-/// The gradients of variables inside blocks that were computed again, by variable.
-#[derive(Debug, Clone, Default)]
-pub struct Collected(Arc<Mutex<Option<GradStore>>>);
+/// The gradients of some variables inside blocks that were computed again.
+#[derive(Debug, Clone)]
+pub struct Collected(Arc<Mutex<HashMap<TensorId, Option<Tensor>>>>);
 
 impl Collected {
-    fn add(&self, more: GradStore) -> Result<()> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match all.as_mut() {
-            Some(all) => all.extend(more),
-            None => {
-                *all = Some(more);
-                Ok(())
-            }
-        }
+    /// Nothing yet, for these variables; gradients of others are dropped.
+    pub fn new<'a>(variables: impl IntoIterator<Item = &'a Tensor>) -> Self {
+        let empty = variables.into_iter().map(|variable| (variable.id(), None));
+        Self(Arc::new(Mutex::new(empty.collect())))
     }
 
-    /// Adds what was collected to the gradients of a whole backward pass.
-    ///
-    /// # Errors
-    /// Those of candle.
-    pub fn join(self, gradients: &mut GradStore) -> Result<()> {
-        match self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(more) => gradients.extend(more),
-            None => Ok(()),
+    /// What was collected for a variable.
+    pub fn get(&self, variable: &Tensor) -> Option<Tensor> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(&variable.id()).cloned().flatten()
+    }
+
+    fn add(&self, more: &GradStore) -> Result<()> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (id, sum) in all.iter_mut() {
+            let Some(more) = more.get_id(*id) else {
+                continue;
+            };
+            *sum = Some(match sum.take() {
+                Some(before) => (before + more)?,
+                None => more.clone(),
+            });
         }
+        Ok(())
     }
 }
 
@@ -59,7 +66,7 @@ pub fn recomputed<const N: usize>(
         let mut gradients = (again * gradient)?.sum_all()?.backward()?;
         let mut own = inputs.iter().map(|input| gradients.remove(input));
         let own = args.map(|_| own.next().flatten());
-        collected.add(gradients)?;
+        collected.add(&gradients)?;
         Ok(own)
     })
 }
