@@ -4,5 +4,6 @@ pub mod objective {
     pub mod weights;
 }
 pub mod optimizer;
+pub mod options;
 pub mod order;
 pub mod random;
