@@ -67,6 +67,14 @@ pub(super) fn find_words<'a>(text: &'a str, words: &[Word]) -> Vec<Piece<'a>> {
     pieces
 }
 
+/// Whether a text has a word, as [`find_words`] finds it.
+pub(crate) fn has_word(text: &str, word: &str) -> bool {
+    text.char_indices().any(|(at, _)| {
+        let before = text[..at].chars().next_back();
+        word_at(&text[at..], before, word).is_some()
+    })
+}
+
 /// The bytes of `text` that `word` takes at its beginning, if it stands there; `before` is what stands
 /// before it.
 fn word_at(text: &str, before: Option<char>, word: &str) -> Option<usize> {

@@ -29,6 +29,7 @@ use std::{collections::HashSet, sync::Arc};
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
+pub(crate) use mixture::has_word;
 pub use mixture::{Mixture, Word};
 pub use painting::Painting;
 use painting::{Guidance, Inpaint};

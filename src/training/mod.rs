@@ -10,6 +10,7 @@ mod golden;
 mod gradient_tests;
 pub mod objective;
 pub mod optimizer;
+pub mod options;
 pub mod order;
 pub mod random;
 mod step;

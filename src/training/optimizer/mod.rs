@@ -37,8 +37,9 @@ pub struct Param<'a> {
 }
 
 /// Which rule turns gradients into changes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
 pub enum Rule {
     /// Loshchilov & Hutter 2019, with the arithmetic of `torch.optim.AdamW`.
     AdamW,

@@ -4,8 +4,9 @@ use serde::{Deserialize, Serialize};
 
 /// What the learning rate is multiplied with from step to step, as diffusers' `get_scheduler` has it:
 /// up from zero in a straight line through the warm-up, then by this rule.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
 pub enum RateSchedule {
     Constant,
     /// Down to zero in a straight line.
