@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use super::{
-    Backoff, Event, Job, JobError, JobFailure, JobId, JobState, WorkerId, clock::millis, event,
+    Backoff, Event, Job, JobError, JobFailure, JobId, WorkerId, clock::millis, event,
     store::{Arg, Row, Tx},
     webhook::outbox,
 };
@@ -153,9 +153,4 @@ pub(super) async fn after_failure(
         change = change.set("not_before", tx.now().await? + wait);
     }
     change.data(data).make(tx, job).await
-}
-
-/// Whether it is the state of a job that can be claimed, for whoever waits for work.
-pub(super) fn is_work(job: &Job) -> bool {
-    job.state == JobState::Queued
 }
