@@ -4,7 +4,9 @@
 use serde_json::{Value, json};
 
 use super::{
-    Backoff, Event, Job, JobError, JobFailure, JobId, WorkerId, clock::millis, event,
+    Backoff, Event, Job, JobError, JobFailure, JobId, WorkerId,
+    clock::millis,
+    event,
     store::{Arg, Row, Tx},
     webhook::outbox,
 };
@@ -75,7 +77,10 @@ impl Change {
     pub async fn make(self, tx: &mut Tx, job: &Job) -> Result<Job, JobError> {
         let to = job.state.after(self.event)?;
         let now = tx.now().await?;
-        let (mut sql, mut args) = (String::from("UPDATE jobs SET last_seq = last_seq + 1"), vec![]);
+        let (mut sql, mut args) = (
+            String::from("UPDATE jobs SET last_seq = last_seq + 1"),
+            vec![],
+        );
         let mut put = |text: &str, value: Arg| {
             args.push(value);
             sql.push_str(&format!("{text} = ${}", args.len()));

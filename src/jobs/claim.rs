@@ -60,7 +60,10 @@ impl Jobs {
     async fn next(&self, tx: &mut Tx, kinds: &[&str]) -> Result<Option<JobId>, JobError> {
         let now = tx.now().await?;
         // Longer than the longest back-off ahead: the clock was set back since.
-        let mut args: Vec<Arg> = vec![now.into(), (now + millis(self.settings().backoff.most)).into()];
+        let mut args: Vec<Arg> = vec![
+            now.into(),
+            (now + millis(self.settings().backoff.most)).into(),
+        ];
         let mut places = Vec::new();
         for kind in kinds {
             args.push((*kind).into());
@@ -83,7 +86,9 @@ impl Jobs {
     /// back-off, or the end where they had their attempts. [`Jobs::claim`] does this first.
     pub async fn reap(&self) -> Result<Vec<JobId>, JobError> {
         let mut tx = self.db().write().await?;
-        let running = tx.row("SELECT id FROM jobs WHERE state = 'running' LIMIT 1", &[]).await?;
+        let running = tx
+            .row("SELECT id FROM jobs WHERE state = 'running' LIMIT 1", &[])
+            .await?;
         if running.is_none() {
             // An idle server leaves its disk alone.
             return Ok(Vec::new());

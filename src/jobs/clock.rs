@@ -41,7 +41,9 @@ impl Clock {
 
 /// This machine's time.
 pub(super) fn machine() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, millis)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, millis)
 }
 
 /// A duration as the database has it.

@@ -30,6 +30,9 @@ pub enum JobError {
     /// where the answer was lost, what was asked can be asked again.
     #[error("the job store cannot be reached: {reason}")]
     Unavailable { reason: String },
+    /// 507: the disk, or the bucket's quota.
+    #[error("the store of jobs' files is full: {reason}; nothing was changed")]
+    Full { reason: String },
     /// The operator's address of a database or file store is not one.
     #[error("{url}: {reason}")]
     Address { url: String, reason: String },
@@ -52,9 +55,7 @@ impl JobError {
 
 impl From<sqlx::Error> for JobError {
     fn from(error: sqlx::Error) -> Self {
-        use sqlx::Error::{
-            Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed,
-        };
+        use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed};
         let reason = error.to_string();
         let passing = match &error {
             Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed => true,
@@ -74,12 +75,15 @@ fn passes(code: &str) -> bool {
     if code.len() == 5 {
         // Connection, resources, operator's intervention, system; then: told to roll back, read-only
         // (a standby), not yet accepting.
-        return ["08", "40", "53", "57", "58"].iter().any(|class| code.starts_with(class))
+        return ["08", "40", "53", "57", "58"]
+            .iter()
+            .any(|class| code.starts_with(class))
             || code == "25006"
             || code == "55P03";
     }
     // Busy, locked, read-only, I/O, full, cannot open.
-    code.parse::<u32>().is_ok_and(|code| [5, 6, 8, 10, 13, 14].contains(&(code & 0xff)))
+    code.parse::<u32>()
+        .is_ok_and(|code| [5, 6, 8, 10, 13, 14].contains(&(code & 0xff)))
 }
 
 #[cfg(test)]
@@ -88,7 +92,9 @@ mod tests {
 
     #[test]
     fn a_busy_file_and_a_stopping_server_pass_and_a_wrong_statement_does_not() {
-        for code in ["5", "261", "517", "13", "57P01", "57P03", "08006", "40P01", "53100"] {
+        for code in [
+            "5", "261", "517", "13", "57P01", "57P03", "08006", "40P01", "53100",
+        ] {
             assert!(passes(code), "{code}");
         }
         for code in ["1", "19", "2067", "42601", "23505", "22021"] {

@@ -46,12 +46,16 @@ impl Jobs {
         limit: u32,
     ) -> Result<Vec<JobEvent>, JobError> {
         let mut tx = self.db().read().await?;
-        let known = tx.row("SELECT id FROM jobs WHERE id = $1", args![id]).await?;
+        let known = tx
+            .row("SELECT id FROM jobs WHERE id = $1", args![id])
+            .await?;
         known.ok_or(JobError::NotFound(id))?;
         let sql = "SELECT seq, at, kind, data FROM job_events WHERE job = $1 AND seq > $2 \
                    ORDER BY seq LIMIT $3";
         let after = i64::try_from(after).unwrap_or(i64::MAX);
-        let rows = tx.rows(sql, args![id, after, limit.min(MOST_EVENTS)]).await?;
+        let rows = tx
+            .rows(sql, args![id, after, limit.min(MOST_EVENTS)])
+            .await?;
         rows.iter()
             .map(|row| {
                 Ok(JobEvent {

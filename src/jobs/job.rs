@@ -14,9 +14,7 @@ pub const LARGEST_JSON: usize = 1 << 20;
 const MOST_ATTEMPTS: u32 = 100;
 
 /// A job's name: a UUID of version 7, so that names sort by time.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct JobId(Uuid);
 
@@ -228,7 +226,10 @@ impl Job {
          pause_wish, webhook, not_before, created_at, started_at, finished_at, last_seq, worker";
 
     pub(super) fn from_row(row: &Row) -> Result<Self, JobError> {
-        let failure = match (row.maybe_text("error_code")?, row.maybe_text("error_message")?) {
+        let failure = match (
+            row.maybe_text("error_code")?,
+            row.maybe_text("error_message")?,
+        ) {
             (Some(code), Some(message)) => Some(JobFailure { code, message }),
             _ => None,
         };

@@ -98,7 +98,12 @@ impl Lease {
     /// attempts left, or grants what was wished of it.
     pub async fn fail(&self, code: &str, message: &str, retryable: bool) -> Result<Job, JobError> {
         check_word("code", code)?;
-        let ends = [JobState::Failed, JobState::Queued, JobState::Paused, JobState::Cancelled];
+        let ends = [
+            JobState::Failed,
+            JobState::Queued,
+            JobState::Paused,
+            JobState::Cancelled,
+        ];
         self.end(&ends, async |tx, job| {
             let failure = JobFailure {
                 code: code.to_owned(),
@@ -126,7 +131,10 @@ impl Lease {
     /// It was stopped where it can go on, and waits to be resumed.
     pub async fn paused(&self) -> Result<Job, JobError> {
         self.end(&[JobState::Paused], async |tx, job| {
-            Change::new(Event::Pause).by(Some(self.worker)).make(tx, job).await
+            Change::new(Event::Pause)
+                .by(Some(self.worker))
+                .make(tx, job)
+                .await
         })
         .await
     }

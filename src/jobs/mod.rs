@@ -142,7 +142,11 @@ impl Jobs {
 
     /// Whether the database answers.
     pub async fn ping(&self) -> Result<(), JobError> {
-        self.db().read().await?.row("SELECT at FROM job_pulse", &[]).await?;
+        self.db()
+            .read()
+            .await?
+            .row("SELECT at FROM job_pulse", &[])
+            .await?;
         Ok(())
     }
 

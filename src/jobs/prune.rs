@@ -2,11 +2,7 @@
 
 use std::time::Duration;
 
-use super::{
-    JobError, JobFiles, JobId, Jobs,
-    clock::millis,
-    store::args,
-};
+use super::{JobError, JobFiles, JobId, Jobs, clock::millis, store::args};
 
 /// How many are looked up at once.
 const AT_ONCE: i64 = 100;

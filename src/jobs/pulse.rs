@@ -31,7 +31,11 @@ pub(super) async fn beat(tx: &mut Tx, now: i64) -> Result<(), JobError> {
                WHERE state = 'running' AND lease_prolonged = 0 AND lease_ms < $2 * 2";
     let prolonged = tx.execute(sql, args![now, silence]).await?;
     if prolonged > 0 {
-        tracing::warn!(leases = prolonged, silence_ms = silence, "leases prolonged after a silence");
+        tracing::warn!(
+            leases = prolonged,
+            silence_ms = silence,
+            "leases prolonged after a silence"
+        );
     }
     Ok(())
 }

@@ -55,7 +55,11 @@ impl Jobs {
         let mut args: Vec<Arg> = Vec::new();
         let mut sql = format!("SELECT {} FROM jobs WHERE 1 = 1", Job::COLUMNS);
         if !query.states.is_empty() {
-            let names: Vec<_> = query.states.iter().map(|s| format!("'{}'", s.name())).collect();
+            let names: Vec<_> = query
+                .states
+                .iter()
+                .map(|s| format!("'{}'", s.name()))
+                .collect();
             sql.push_str(&format!(" AND state IN ({})", names.join(", ")));
         }
         let mut and = |condition: &str, value: Arg| {
@@ -74,7 +78,10 @@ impl Jobs {
         // One more than wanted tells whether there is a next page.
         and(" ORDER BY id DESC LIMIT ", (limit + 1).into());
         let rows = self.db().read().await?.rows(&sql, &args).await?;
-        let mut jobs = rows.iter().map(Job::from_row).collect::<Result<Vec<_>, _>>()?;
+        let mut jobs = rows
+            .iter()
+            .map(Job::from_row)
+            .collect::<Result<Vec<_>, _>>()?;
         let more = jobs.len() > limit as usize;
         jobs.truncate(limit as usize);
         let next = jobs.last().map(|job| job.id).filter(|_| more);
@@ -102,14 +109,22 @@ impl Jobs {
     pub async fn ahead_of(&self, id: JobId) -> Result<Option<u64>, JobError> {
         let mut tx = self.db().read().await?;
         let sql = "SELECT kind, state, priority, created_at FROM jobs WHERE id = $1";
-        let row = tx.row(sql, args![id]).await?.ok_or(JobError::NotFound(id))?;
+        let row = tx
+            .row(sql, args![id])
+            .await?
+            .ok_or(JobError::NotFound(id))?;
         if row.state("state")? != JobState::Queued {
             return Ok(None);
         }
         let sql = "SELECT COUNT(*) AS n FROM jobs WHERE state = 'queued' AND kind = $1 \
                    AND (priority > $2 OR (priority = $2 AND (created_at < $3 \
                    OR (created_at = $3 AND id < $4))))";
-        let args = args![row.text("kind")?, row.int("priority")?, row.int("created_at")?, id];
+        let args = args![
+            row.text("kind")?,
+            row.int("priority")?,
+            row.int("created_at")?,
+            id
+        ];
         let row = tx.row(sql, args).await?;
         row.map(|row| Ok(row.int("n")?.unsigned_abs())).transpose()
     }

@@ -174,7 +174,9 @@ mod tests {
     fn every_state_can_be_reached_and_left_unless_it_is_over() {
         let next = |from: JobState| EVENTS.iter().filter_map(move |e| from.after(*e).ok());
         for state in JobState::ALL {
-            let reached = JobState::ALL.into_iter().any(|from| next(from).any(|to| to == state));
+            let reached = JobState::ALL
+                .into_iter()
+                .any(|from| next(from).any(|to| to == state));
             assert!(reached, "{state}");
             assert_eq!(next(state).next().is_none(), state.is_terminal(), "{state}");
             assert_eq!(JobState::named(state.name()), Some(state));

@@ -87,7 +87,10 @@ async fn insert(tx: &mut Tx, new: &NewJob) -> Result<Job, JobError> {
         new.webhook.as_deref(),
         now,
     ];
-    let row = tx.row(&sql, args).await?.ok_or(JobError::NotFound(new.id))?;
+    let row = tx
+        .row(&sql, args)
+        .await?
+        .ok_or(JobError::NotFound(new.id))?;
     let job = Job::from_row(&row)?;
     event::insert(tx, &job, "submitted", &json!({ "kind": job.kind })).await?;
     Ok(job)

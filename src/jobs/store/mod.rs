@@ -57,7 +57,12 @@ impl Db {
         let pools = match url.split_once(':') {
             Some(("sqlite", file)) => sqlite::open(url, file, patience).await?,
             Some(("postgres" | "postgresql", _)) => postgres::open(url, patience).await?,
-            _ => return Err(unknown(url, "expected sqlite://FILE or postgres://…".into())),
+            _ => {
+                return Err(unknown(
+                    url,
+                    "expected sqlite://FILE or postgres://…".into(),
+                ));
+            }
         };
         Ok(Self {
             pools,
@@ -137,7 +142,9 @@ impl Tx {
                     rows.into_iter().map(Row::Sqlite).collect()
                 }
                 Inner::Postgres(tx) => {
-                    let rows = sql::bound::<Postgres>(sql, args).fetch_all(&mut **tx).await?;
+                    let rows = sql::bound::<Postgres>(sql, args)
+                        .fetch_all(&mut **tx)
+                        .await?;
                     rows.into_iter().map(Row::Postgres).collect()
                 }
             })
@@ -253,9 +260,8 @@ fn migrator(texts: &[(&'static str, &'static str)]) -> migrate::Migrator {
 /// What went wrong in bringing the tables up to date.
 fn unmigrated(url: &str, error: migrate::MigrateError) -> JobError {
     match error {
-        migrate::MigrateError::Execute(error) | migrate::MigrateError::ExecuteMigration(error, _) => {
-            error.into()
-        }
+        migrate::MigrateError::Execute(error)
+        | migrate::MigrateError::ExecuteMigration(error, _) => error.into(),
         // Made by another version of this program, say.
         error => unknown(url, error.to_string()),
     }
@@ -274,9 +280,19 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_no_address_of_a_database_is_said_to_be_none() {
-        for url in ["", "jobs.db", "mysql://x/y", "sqlite:", "sqlite://", "postgres://["] {
+        for url in [
+            "",
+            "jobs.db",
+            "mysql://x/y",
+            "sqlite:",
+            "sqlite://",
+            "postgres://[",
+        ] {
             let opened = Db::open(url, Clock::default(), Duration::from_secs(1)).await;
-            assert!(matches!(opened, Err(JobError::Address { .. })), "{url}: {opened:?}");
+            assert!(
+                matches!(opened, Err(JobError::Address { .. })),
+                "{url}: {opened:?}"
+            );
         }
     }
 }

@@ -2,9 +2,7 @@
 
 use serde_json::Value;
 use sqlx::{
-    AssertSqlSafe, Database, Encode, Row as _, Type,
-    postgres::PgRow,
-    query::Query,
+    AssertSqlSafe, Database, Encode, Row as _, Type, postgres::PgRow, query::Query,
     sqlite::SqliteRow,
 };
 
@@ -153,7 +151,8 @@ impl Row {
     /// A count or a number that was put in as one.
     pub fn count(&self, column: &str) -> Result<u32, JobError> {
         let int = self.int(column)?;
-        int.try_into().map_err(|_| strange(column, &int.to_string()))
+        int.try_into()
+            .map_err(|_| strange(column, &int.to_string()))
     }
 
     pub fn flag(&self, column: &str) -> Result<bool, JobError> {

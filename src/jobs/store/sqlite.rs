@@ -30,7 +30,10 @@ pub(super) async fn open(url: &str, file: &str, patience: Duration) -> Result<Po
         .test_before_acquire(false);
     if file == ":memory:" {
         // One connection, for ever: with the last one the content goes.
-        let pool = pool.max_connections(1).idle_timeout(None).max_lifetime(None);
+        let pool = pool
+            .max_connections(1)
+            .idle_timeout(None)
+            .max_lifetime(None);
         let pool = pool.connect_with(options.in_memory(true)).await?;
         tables(url, &pool).await?;
         let (write, read) = (pool.clone(), pool);
@@ -45,10 +48,12 @@ pub(super) async fn open(url: &str, file: &str, patience: Duration) -> Result<Po
             reason: format!("{}: {error}", folder.display()),
         })?;
     }
-    let options = options
-        .filename(file)
-        .journal_mode(SqliteJournalMode::Wal);
-    let write = pool.clone().max_connections(1).connect_with(options.clone()).await?;
+    let options = options.filename(file).journal_mode(SqliteJournalMode::Wal);
+    let write = pool
+        .clone()
+        .max_connections(1)
+        .connect_with(options.clone())
+        .await?;
     tables(url, &write).await?;
     let read = pool.max_connections(READERS).connect_with(options).await?;
     Ok(Pools::Sqlite { write, read })
@@ -62,5 +67,8 @@ async fn tables(url: &str, pool: &SqlitePool) -> Result<(), JobError> {
         }
         tokio::time::sleep(BETWEEN).await;
     }
-    migrator.run(pool).await.map_err(|error| unmigrated(url, error))
+    migrator
+        .run(pool)
+        .await
+        .map_err(|error| unmigrated(url, error))
 }

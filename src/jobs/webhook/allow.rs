@@ -78,11 +78,16 @@ impl AllowedHosts {
             "http" => false,
             scheme => return Err(format!("the scheme `{scheme}` is not https")),
         };
-        let found = self.0.iter().find_map(|entry| entry.way(secure, host, port));
+        let found = self
+            .0
+            .iter()
+            .find_map(|entry| entry.way(secure, host, port));
         match found {
             Some(way) => Ok((url, way)),
             None if !secure => Err(format!("http to `{host}:{port}` is not allowed; use https")),
-            None => Err(format!("the host `{host}` is not one of those this server may call")),
+            None => Err(format!(
+                "the host `{host}` is not one of those this server may call"
+            )),
         }
     }
 }
@@ -116,12 +121,16 @@ impl FromStr for Entry {
         let host = |host: &str| match Url::parse(&format!("https://{host}")) {
             Ok(url) if url.path() == "/" && url.port().is_none() && url.query().is_none() => {
                 let plain = url.username().is_empty() && url.fragment().is_none();
-                url.host_str().filter(|_| plain && !host.contains(['*', ':', '/']) || host.starts_with('[')).map(str::to_owned)
+                url.host_str()
+                    .filter(|_| plain && !host.contains(['*', ':', '/']) || host.starts_with('['))
+                    .map(str::to_owned)
             }
             _ => None,
         };
         if let Some(suffix) = text.strip_prefix("*.") {
-            let suffix = host(suffix).filter(|s| address(s).is_none()).ok_or_else(invalid)?;
+            let suffix = host(suffix)
+                .filter(|s| address(s).is_none())
+                .ok_or_else(invalid)?;
             return Ok(Self::Under(format!(".{suffix}")));
         }
         if let Some(place) = text.strip_prefix("http://") {
@@ -136,7 +145,10 @@ impl FromStr for Entry {
 
 /// The address that a host is, if it is not a name.
 fn address(host: &str) -> Option<IpAddr> {
-    let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    let host = host
+        .strip_prefix('[')
+        .and_then(|h| h.strip_suffix(']'))
+        .unwrap_or(host);
     host.parse().ok()
 }
 
@@ -244,8 +256,19 @@ mod tests {
     #[test]
     fn an_entry_that_allows_something_else_than_it_seems_to_is_refused() {
         for entry in [
-            "", "*", "*.", "*.*.org", "https://a.org", "a.org/path", "a.org:80", "u@a.org",
-            "http://a.org", "http://a.org:x", "http://a.org:80/x", "*.10.0.0.1", "a b",
+            "",
+            "*",
+            "*.",
+            "*.*.org",
+            "https://a.org",
+            "a.org/path",
+            "a.org:80",
+            "u@a.org",
+            "http://a.org",
+            "http://a.org:x",
+            "http://a.org:80/x",
+            "*.10.0.0.1",
+            "a b",
         ] {
             assert!(AllowedHosts::new([entry]).is_err(), "{entry}");
         }
@@ -254,16 +277,39 @@ mod tests {
     #[test]
     fn addresses_that_lead_inside_are_not_public() {
         for private in [
-            "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0",
-            "100.64.0.1", "192.0.0.1", "198.18.0.1", "224.0.0.1", "255.255.255.255", "::1", "::",
-            "fd00::1", "fe80::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::a00:1",
-            "64:ff9b:1::a00:1", "2002:a00:1::", "2001:db8::1", "2001::1",
+            "127.0.0.1",
+            "10.0.0.1",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.169.254",
+            "0.0.0.0",
+            "100.64.0.1",
+            "192.0.0.1",
+            "198.18.0.1",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::1",
+            "::",
+            "fd00::1",
+            "fe80::1",
+            "ff02::1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::a00:1",
+            "64:ff9b:1::a00:1",
+            "2002:a00:1::",
+            "2001:db8::1",
+            "2001::1",
         ] {
             assert!(!is_public(private.parse().unwrap()), "{private}");
         }
         for public in [
-            "1.1.1.1", "93.184.216.34", "172.32.0.1", "100.128.0.1", "2606:4700::1111",
-            "::ffff:1.1.1.1", "64:ff9b::101:101",
+            "1.1.1.1",
+            "93.184.216.34",
+            "172.32.0.1",
+            "100.128.0.1",
+            "2606:4700::1111",
+            "::ffff:1.1.1.1",
+            "64:ff9b::101:101",
         ] {
             assert!(is_public(public.parse().unwrap()), "{public}");
         }

@@ -148,7 +148,11 @@ mod tests {
     #[tokio::test]
     async fn a_name_that_leads_inside_is_not_followed() {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = Client::builder().no_proxy().dns_resolver(OnlyPublic).build().unwrap();
+        let client = Client::builder()
+            .no_proxy()
+            .dns_resolver(OnlyPublic)
+            .build()
+            .unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let sent = client.get(format!("http://localhost:{port}/")).send().await;

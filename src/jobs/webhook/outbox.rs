@@ -50,7 +50,8 @@ pub(in super::super) async fn enqueue(tx: &mut Tx, job: &Job) -> Result<(), JobE
     let now = tx.now().await?;
     let id = format!("msg_{}", Uuid::now_v7().simple());
     let sql = "INSERT INTO job_webhooks (id, job, url, body, next_at) VALUES ($1, $2, $3, $4, $5)";
-    tx.execute(sql, args![id, job.id, &**url, &job.view(), now]).await?;
+    tx.execute(sql, args![id, job.id, &**url, &job.view(), now])
+        .await?;
     Ok(())
 }
 
@@ -102,14 +103,22 @@ pub(super) async fn settle(
     let now = tx.now().await?;
     let (next, delivered, error) = match outcome {
         Outcome::Delivered => (None, Some(now), None),
-        Outcome::Later(error) if message.attempts < ATTEMPTS => {
-            (Some(now + millis(BACKOFF.after(message.attempts))), None, Some(error))
-        }
+        Outcome::Later(error) if message.attempts < ATTEMPTS => (
+            Some(now + millis(BACKOFF.after(message.attempts))),
+            None,
+            Some(error),
+        ),
         Outcome::Later(error) | Outcome::Never(error) => (None, None, Some(error)),
     };
     let sql = "UPDATE job_webhooks SET next_at = $1, delivered_at = $2, last_error = $3 \
                WHERE id = $4 AND attempts = $5 AND delivered_at IS NULL";
-    let args = args![next, delivered, error.clone(), &*message.id, message.attempts];
+    let args = args![
+        next,
+        delivered,
+        error.clone(),
+        &*message.id,
+        message.attempts
+    ];
     let settled = tx.execute(sql, args).await? == 1;
     if let (true, None, Some(error)) = (settled, next, error) {
         tracing::warn!(job = %message.job, %error, "a webhook was given up");

@@ -74,7 +74,10 @@ mod tests {
         let error = WebhookSecret::new("hunter2").unwrap_err();
         assert_eq!(error, InvalidSecret::TooShort(7));
         assert!(!error.to_string().contains("hunter2"));
-        assert_eq!(WebhookSecret::new("whsec_?").unwrap_err(), InvalidSecret::NotBase64);
+        assert_eq!(
+            WebhookSecret::new("whsec_?").unwrap_err(),
+            InvalidSecret::NotBase64
+        );
         let secret = WebhookSecret::new(&"x".repeat(24)).unwrap();
         assert_eq!(format!("{secret:?}"), "WebhookSecret");
     }
