@@ -36,8 +36,18 @@ async fn a_dead_workers_job_goes_to_another_and_the_dead_is_fenced_off(ground: G
     lost(dead.paused().await);
     lost(dead.release().await);
     let done = second.succeed(&json!({ "by": 2 })).await.unwrap();
-    assert_eq!((done.result, done.progress), (Some(json!({ "by": 2 })), None));
-    let expected = ["submitted", "started", "step", "retried", "started", "succeeded"];
+    assert_eq!(
+        (done.result, done.progress),
+        (Some(json!({ "by": 2 })), None)
+    );
+    let expected = [
+        "submitted",
+        "started",
+        "step",
+        "retried",
+        "started",
+        "succeeded",
+    ];
     assert_eq!(log(&jobs, id).await, expected);
 }
 
@@ -60,7 +70,15 @@ async fn after_its_attempts_a_job_failed_and_says_so(ground: Ground) {
 async fn a_released_job_is_free_at_once_and_loses_no_attempt(ground: Ground) {
     let jobs = ground.jobs().await;
     let max_attempts = 1;
-    let id = jobs.submit(NewJob { max_attempts, ..job() }).await.unwrap().job.id;
+    let id = jobs
+        .submit(NewJob {
+            max_attempts,
+            ..job()
+        })
+        .await
+        .unwrap()
+        .job
+        .id;
     for _ in 0..5 {
         let lease = claim(&jobs).await.unwrap();
         lease.heartbeat(Some(&json!(7))).await.unwrap();
@@ -69,7 +87,11 @@ async fn a_released_job_is_free_at_once_and_loses_no_attempt(ground: Ground) {
     }
     let lease = claim(&jobs).await.unwrap();
     assert_eq!((lease.job().attempt, lease.job().failures), (6, 0));
-    assert_eq!(lease.job().progress, Some(json!(7)), "for the next one to see");
+    assert_eq!(
+        lease.job().progress,
+        Some(json!(7)),
+        "for the next one to see"
+    );
     lease.succeed(&json!(null)).await.unwrap();
     assert_eq!(state(&jobs, id).await, JobState::Succeeded);
 }
@@ -77,21 +99,37 @@ async fn a_released_job_is_free_at_once_and_loses_no_attempt(ground: Ground) {
 async fn a_failure_waits_longer_each_time(ground: Ground) {
     let jobs = ground.jobs().await;
     let max_attempts = 4;
-    jobs.submit(NewJob { max_attempts, ..job() }).await.unwrap();
+    jobs.submit(NewJob {
+        max_attempts,
+        ..job()
+    })
+    .await
+    .unwrap();
     for wait in [5, 10, 20] {
         let lease = claim(&jobs).await.unwrap();
-        let job = lease.fail("device_lost", "no\0 such device", true).await.unwrap();
+        let job = lease
+            .fail("device_lost", "no\0 such device", true)
+            .await
+            .unwrap();
         assert_eq!(job.state, JobState::Queued);
         assert_eq!(job.failure.unwrap().message, "no such device");
-        ground.clock.advance(Duration::from_secs(wait) - Duration::from_millis(1));
+        ground
+            .clock
+            .advance(Duration::from_secs(wait) - Duration::from_millis(1));
         assert!(claim(&jobs).await.is_none(), "before {wait} s");
         ground.clock.advance(Duration::from_millis(1));
     }
     let lease = claim(&jobs).await.unwrap();
-    let job = lease.fail("device_lost", &"ä".repeat(5000), true).await.unwrap();
+    let job = lease
+        .fail("device_lost", &"ä".repeat(5000), true)
+        .await
+        .unwrap();
     assert_eq!(job.state, JobState::Failed);
     let message = job.failure.unwrap().message;
-    assert!(message.starts_with("gave up after 4 attempts: ä"), "{message}");
+    assert!(
+        message.starts_with("gave up after 4 attempts: ä"),
+        "{message}"
+    );
 }
 
 async fn a_failure_for_good_is_one(ground: Ground) {
@@ -99,7 +137,10 @@ async fn a_failure_for_good_is_one(ground: Ground) {
     let lease = running(&jobs).await;
     // What is wrong with it is worth more than that it was not wanted any more.
     jobs.cancel(lease.job().id).await.unwrap();
-    let job = lease.fail("bad_picture", "0001.png is a text", false).await.unwrap();
+    let job = lease
+        .fail("bad_picture", "0001.png is a text", false)
+        .await
+        .unwrap();
     assert_eq!(job.state, JobState::Failed);
     assert_eq!(job.failure.unwrap().message, "0001.png is a text");
 }
@@ -111,7 +152,10 @@ async fn an_end_can_be_told_twice_but_not_changed(ground: Ground) {
     assert_eq!(lease.succeed(&json!(1)).await.unwrap(), once);
     lost(lease.fail("x", "x", false).await);
     lost(lease.cancelled(None).await);
-    assert_eq!(log(&jobs, once.id).await, ["submitted", "started", "succeeded"]);
+    assert_eq!(
+        log(&jobs, once.id).await,
+        ["submitted", "started", "succeeded"]
+    );
 
     // But what somebody else did since is not taken for one's own doing.
     let lease = running(&jobs).await;
@@ -128,12 +172,18 @@ async fn heartbeats_keep_a_lease_and_leave_progress(ground: Ground) {
     let id = lease.job().id;
     for step in 0..10 {
         ground.pass(&jobs, LEASE - Duration::from_secs(1)).await;
-        let wishes = lease.heartbeat(Some(&json!({ "step": step }))).await.unwrap();
+        let wishes = lease
+            .heartbeat(Some(&json!({ "step": step })))
+            .await
+            .unwrap();
         assert_eq!(wishes, Wishes::default());
     }
     lease.heartbeat(None).await.unwrap();
     let job = jobs.get(id).await.unwrap();
-    assert_eq!((job.state, job.progress), (JobState::Running, Some(json!({ "step": 9 }))));
+    assert_eq!(
+        (job.state, job.progress),
+        (JobState::Running, Some(json!({ "step": 9 })))
+    );
     assert_eq!(job.started_at, Some(BEGIN));
     // Run out and taken by nobody yet, it can still be renewed.
     ground.clock.advance(LEASE * 2);
@@ -145,7 +195,10 @@ async fn heartbeats_keep_a_lease_and_leave_progress(ground: Ground) {
         lease.append("two words", &json!({})).await.err(),
         lease.succeed(&large).await.err(),
     ] {
-        assert!(matches!(refused, Some(JobError::Invalid { .. })), "{refused:?}");
+        assert!(
+            matches!(refused, Some(JobError::Invalid { .. })),
+            "{refused:?}"
+        );
     }
     assert_eq!(state(&jobs, id).await, JobState::Running);
 }

@@ -25,7 +25,12 @@ async fn numbers_have_no_gaps_however_many_write(ground: Ground) {
     };
     let steps = join_all((0..40).map(|step| {
         let lease = &lease;
-        async move { lease.append("step", &json!({ "step": step })).await.unwrap() }
+        async move {
+            lease
+                .append("step", &json!({ "step": step }))
+                .await
+                .unwrap()
+        }
     }));
     let (numbers, ()) = tokio::join!(steps, wishes);
     let kinds = log(&jobs, id).await;
@@ -41,7 +46,10 @@ async fn a_follower_goes_on_from_the_last_number_he_knows(ground: Ground) {
     let id = lease.job().id;
     for step in 0..5 {
         ground.clock.advance(Duration::from_secs(1));
-        lease.append("step", &json!({ "step": step })).await.unwrap();
+        lease
+            .append("step", &json!({ "step": step }))
+            .await
+            .unwrap();
     }
     let events = jobs.events(id, 3, 2).await.unwrap();
     let expected = [4, 5].map(|seq| JobEvent {
@@ -85,9 +93,14 @@ async fn whoever_waits_for_work_is_called(ground: Ground) {
         work
     });
     let id = submit(&jobs).await;
-    let mut work = tokio::time::timeout(Duration::from_secs(60), waiting).await.unwrap().unwrap();
+    let mut work = tokio::time::timeout(Duration::from_secs(60), waiting)
+        .await
+        .unwrap()
+        .unwrap();
     let lease = claim(&jobs).await.unwrap();
     assert_eq!(lease.job().id, id);
     lease.release().await.unwrap();
-    tokio::time::timeout(Duration::from_secs(60), work.changed()).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(60), work.changed())
+        .await
+        .unwrap();
 }

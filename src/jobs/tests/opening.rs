@@ -43,12 +43,17 @@ async fn the_real_clock_is_about_right(ground: Ground) {
     };
     let jobs = ground.jobs_with(settings).await;
     let made = jobs.submit(job()).await.unwrap().job.created_at;
-    assert!((made - crate::jobs::clock::machine()).abs() < 60_000, "{made}");
+    assert!(
+        (made - crate::jobs::clock::machine()).abs() < 60_000,
+        "{made}"
+    );
 }
 
 #[tokio::test]
 async fn a_queue_in_memory_is_one_too() {
-    let jobs = Jobs::open("sqlite::memory:", JobSettings::default()).await.unwrap();
+    let jobs = Jobs::open("sqlite::memory:", JobSettings::default())
+        .await
+        .unwrap();
     let lease = running(&jobs).await;
     let (seen, ended) = tokio::join!(jobs.get(lease.job().id), jobs.ping());
     assert_eq!((seen.unwrap().state, ended), (JobState::Running, Ok(())));

@@ -67,7 +67,10 @@ async fn a_clock_set_back_holds_nothing_up_for_longer_than_a_backoff(ground: Gro
 }
 
 fn unavailable<T: std::fmt::Debug>(result: Result<T, JobError>) {
-    assert!(matches!(result, Err(JobError::Unavailable { .. })), "{result:?}");
+    assert!(
+        matches!(result, Err(JobError::Unavailable { .. })),
+        "{result:?}"
+    );
 }
 
 #[tokio::test]
@@ -113,7 +116,13 @@ async fn way(port: u16, server: String) -> (u16, tokio::task::JoinHandle<()>) {
 #[ignore = "needs a PostgreSQL server: .ci/with-postgres cargo test"]
 async fn a_server_that_is_gone_is_unavailable_and_then_it_is_not() {
     let ground = Ground::postgres().await;
-    let (host, rest) = ground.url.split_once('@').unwrap().1.split_once('/').unwrap();
+    let (host, rest) = ground
+        .url
+        .split_once('@')
+        .unwrap()
+        .1
+        .split_once('/')
+        .unwrap();
     let (port, open) = way(0, host.to_owned()).await;
     let settings = JobSettings {
         patience: Duration::from_millis(500),
@@ -129,7 +138,11 @@ async fn a_server_that_is_gone_is_unavailable_and_then_it_is_not() {
     unavailable(jobs.submit(job()).await);
     unavailable(jobs.get(lease.job().id).await);
     unavailable(jobs.ping().await);
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
+    );
 
     let (_, _open) = way(port, host.to_owned()).await;
     lease.heartbeat(None).await.unwrap();

@@ -38,7 +38,11 @@ async fn of_many_claims_at_once_each_job_is_got_by_one(ground: Ground) {
             got
         })
     });
-    let got: Vec<JobId> = join_all(workers).await.into_iter().flat_map(Result::unwrap).collect();
+    let got: Vec<JobId> = join_all(workers)
+        .await
+        .into_iter()
+        .flat_map(Result::unwrap)
+        .collect();
     assert_eq!(got.len(), JOBS);
     assert_eq!(HashSet::from_iter(got), expected);
 }
@@ -48,7 +52,10 @@ async fn the_limit_holds_however_many_submit_at_once(ground: Ground) {
         max_queued: 5,
         ..ground.settings()
     };
-    let (one, other) = (ground.jobs_with(settings.clone()).await, ground.jobs_with(settings).await);
+    let (one, other) = (
+        ground.jobs_with(settings.clone()).await,
+        ground.jobs_with(settings).await,
+    );
     let all = join_all((0..20).map(|n| [&one, &other][n % 2].submit(job()))).await;
     let full = all.iter().filter_map(|result| result.as_ref().err());
     let full: Vec<_> = full.collect();
@@ -95,9 +102,15 @@ async fn a_key_stands_for_one_request_of_one_owner(ground: Ground) {
     let jobs = ground.jobs_with(settings).await;
     let mine = jobs.submit(keyed(Some("me"), "a")).await.unwrap().job;
     let other = jobs.submit(keyed(Some("me"), "b")).await.unwrap_err();
-    assert!(matches!(&other, JobError::KeyReused { key } if key == "key"), "{other:?}");
+    assert!(
+        matches!(&other, JobError::KeyReused { key } if key == "key"),
+        "{other:?}"
+    );
     for owner in [None, Some("you")] {
-        assert!(jobs.submit(keyed(owner, "b")).await.unwrap().created, "{owner:?}");
+        assert!(
+            jobs.submit(keyed(owner, "b")).await.unwrap().created,
+            "{owner:?}"
+        );
     }
     // Also when it is over, and when nothing else would be taken.
     jobs.cancel(mine.id).await.unwrap();
@@ -139,10 +152,23 @@ async fn priority_then_fairness_then_age(ground: Ground) {
 
 async fn workers_get_the_kinds_they_ask_for(ground: Ground) {
     let jobs = ground.jobs().await;
-    let image = jobs.submit(NewJob::new("image", json!({}))).await.unwrap().job.id;
+    let image = jobs
+        .submit(NewJob::new("image", json!({})))
+        .await
+        .unwrap()
+        .job
+        .id;
     assert!(claim(&jobs).await.is_none());
-    assert!(jobs.claim(WorkerId::fresh(), &[], LEASE).await.unwrap().is_none());
-    let lease = jobs.claim(WorkerId::fresh(), &[KIND, "image"], LEASE).await.unwrap();
+    assert!(
+        jobs.claim(WorkerId::fresh(), &[], LEASE)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    let lease = jobs
+        .claim(WorkerId::fresh(), &[KIND, "image"], LEASE)
+        .await
+        .unwrap();
     assert_eq!(lease.unwrap().job().id, image);
 }
 
@@ -158,14 +184,20 @@ async fn a_job_is_what_was_submitted(ground: Ground) {
     let made = jobs.submit(new.clone()).await.unwrap().job;
     let found = ground.jobs().await.get(new.id).await.unwrap();
     assert_eq!(found, made);
-    assert_eq!((found.owner, found.payload), (new.owner.clone(), new.payload.clone()));
+    assert_eq!(
+        (found.owner, found.payload),
+        (new.owner.clone(), new.payload.clone())
+    );
     assert_eq!((found.priority, found.max_attempts), (i32::MIN, 7));
     assert_eq!((found.created_at, found.state), (BEGIN, JobState::Queued));
     // Where the answer was lost the same can be said again.
     assert!(!jobs.submit(new).await.unwrap().created);
     let missing = JobId::fresh();
     assert_eq!(jobs.get(missing).await, Err(JobError::NotFound(missing)));
-    assert_eq!(jobs.events(missing, 0, 1).await, Err(JobError::NotFound(missing)));
+    assert_eq!(
+        jobs.events(missing, 0, 1).await,
+        Err(JobError::NotFound(missing))
+    );
     assert_eq!(jobs.cancel(missing).await, Err(JobError::NotFound(missing)));
 }
 
@@ -177,7 +209,12 @@ async fn lists_come_in_pages_and_counts_add_up(ground: Ground) {
         job.owner = (n % 2 == 0).then(|| "even".to_owned());
         ids.push(jobs.submit(job).await.unwrap().job.id);
     }
-    let image = jobs.submit(NewJob::new("image", json!({}))).await.unwrap().job.id;
+    let image = jobs
+        .submit(NewJob::new("image", json!({})))
+        .await
+        .unwrap()
+        .job
+        .id;
     jobs.cancel(ids[0]).await.unwrap();
     jobs.pause(ids[2]).await.unwrap();
     ids.reverse();
@@ -204,15 +241,37 @@ async fn lists_come_in_pages_and_counts_add_up(ground: Ground) {
     };
     let states = vec![JobState::Cancelled, JobState::Paused];
     let owner = Some("even".to_owned());
-    let both = list(JobQuery { states, owner, ..JobQuery::default() }).await;
+    let both = list(JobQuery {
+        states,
+        owner,
+        ..JobQuery::default()
+    })
+    .await;
     assert_eq!(both, [ids[4], ids[6]]);
     let kind = Some("image".to_owned());
-    assert_eq!(list(JobQuery { kind, ..JobQuery::default() }).await, [image]);
+    assert_eq!(
+        list(JobQuery {
+            kind,
+            ..JobQuery::default()
+        })
+        .await,
+        [image]
+    );
     let owner = Some("nobody".to_owned());
-    assert!(list(JobQuery { owner, ..JobQuery::default() }).await.is_empty());
+    assert!(
+        list(JobQuery {
+            owner,
+            ..JobQuery::default()
+        })
+        .await
+        .is_empty()
+    );
 
     let counts = jobs.counts().await.unwrap();
-    let counts: Vec<_> = counts.iter().map(|c| (&*c.kind, c.state.name(), c.count)).collect();
+    let counts: Vec<_> = counts
+        .iter()
+        .map(|c| (&*c.kind, c.state.name(), c.count))
+        .collect();
     let expected = [
         ("image", "queued", 1),
         (KIND, "cancelled", 1),
@@ -236,7 +295,14 @@ async fn what_cannot_be_a_job_is_refused(ground: Ground) {
         refused(NewJob { owner, ..job() }, "owner").await;
     }
     for max_attempts in [0, 101] {
-        refused(NewJob { max_attempts, ..job() }, "max_attempts").await;
+        refused(
+            NewJob {
+                max_attempts,
+                ..job()
+            },
+            "max_attempts",
+        )
+        .await;
     }
     let payload = json!("x".repeat(LARGEST_JSON));
     refused(NewJob { payload, ..job() }, "payload").await;

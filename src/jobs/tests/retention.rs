@@ -4,7 +4,10 @@ use bytes::Bytes;
 
 use super::*;
 
-on_both!(only_what_is_over_long_enough_goes, a_job_whose_webhook_still_waits_stays);
+on_both!(
+    only_what_is_over_long_enough_goes,
+    a_job_whose_webhook_still_waits_stays
+);
 
 async fn files_of(ground: &Ground) -> JobFiles {
     JobFiles::open(ground.folder.path().join("files").to_str().unwrap()).unwrap()
@@ -21,7 +24,10 @@ async fn only_what_is_over_long_enough_goes(ground: Ground) {
     ground.clock.advance(Duration::from_secs(60));
     let young = jobs.cancel(submit(&jobs).await).await.unwrap().id;
     for id in [old, waiting, paused, young] {
-        files.put(id, &name, Bytes::from_static(b"x")).await.unwrap();
+        files
+            .put(id, &name, Bytes::from_static(b"x"))
+            .await
+            .unwrap();
     }
     assert_eq!(jobs.prune(WEEK, &files).await.unwrap(), []);
     ground.clock.advance(WEEK - Duration::from_secs(60));
@@ -39,10 +45,20 @@ async fn only_what_is_over_long_enough_goes(ground: Ground) {
 
 async fn a_job_whose_webhook_still_waits_stays(ground: Ground) {
     let webhooks = AllowedHosts::new(["http://127.0.0.1:1"]).unwrap();
-    let jobs = ground.jobs_with(JobSettings { webhooks, ..ground.settings() }).await;
+    let jobs = ground
+        .jobs_with(JobSettings {
+            webhooks,
+            ..ground.settings()
+        })
+        .await;
     let files = files_of(&ground).await;
     let webhook = Some("http://127.0.0.1:1/".to_owned());
-    let id = jobs.submit(NewJob { webhook, ..job() }).await.unwrap().job.id;
+    let id = jobs
+        .submit(NewJob { webhook, ..job() })
+        .await
+        .unwrap()
+        .job
+        .id;
     jobs.cancel(id).await.unwrap();
     ground.clock.advance(Duration::from_secs(3600));
     assert_eq!(jobs.prune(Duration::ZERO, &files).await.unwrap(), []);

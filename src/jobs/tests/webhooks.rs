@@ -30,7 +30,10 @@ async fn receiver(answers: &[StatusCode]) -> (String, Noted) {
     let (answers, notes) = (answers.to_vec(), noted.clone());
     let app = Router::new().fallback(async move |headers: HeaderMap, body: Bytes| {
         let mut notes = notes.lock().unwrap();
-        let answer = answers.get(notes.len()).copied().unwrap_or(StatusCode::NO_CONTENT);
+        let answer = answers
+            .get(notes.len())
+            .copied()
+            .unwrap_or(StatusCode::NO_CONTENT);
         notes.push((headers, String::from_utf8(body.to_vec()).unwrap()));
         // To itself, so that a redirect that is followed would be noted.
         (answer, [(LOCATION, "/elsewhere")]).into_response()
@@ -43,7 +46,12 @@ async fn receiver(answers: &[StatusCode]) -> (String, Noted) {
 
 async fn open(ground: &Ground, receiver: &str) -> (Jobs, Courier) {
     let webhooks = AllowedHosts::new([receiver]).unwrap();
-    let jobs = ground.jobs_with(JobSettings { webhooks, ..ground.settings() }).await;
+    let jobs = ground
+        .jobs_with(JobSettings {
+            webhooks,
+            ..ground.settings()
+        })
+        .await;
     let courier = Courier::new(jobs.clone(), WebhookSecret::new(SECRET).unwrap()).unwrap();
     (jobs, courier)
 }
@@ -53,7 +61,11 @@ async fn ended(jobs: &Jobs, receiver: &str) -> JobId {
     let webhook = Some(format!("{receiver}/hook?x=1"));
     jobs.submit(NewJob { webhook, ..job() }).await.unwrap();
     let lease = claim(jobs).await.unwrap();
-    lease.succeed(&json!({ "adapter": "zorp" })).await.unwrap().id
+    lease
+        .succeed(&json!({ "adapter": "zorp" }))
+        .await
+        .unwrap()
+        .id
 }
 
 fn text(headers: &HeaderMap, name: &str) -> String {
@@ -77,7 +89,10 @@ async fn the_end_is_told_signed_and_once(ground: Ground) {
     };
     let view: serde_json::Value = serde_json::from_str(body).unwrap();
     assert_eq!(view["id"], json!(id));
-    assert_eq!((&view["state"], &view["kind"]), (&json!("succeeded"), &json!(KIND)));
+    assert_eq!(
+        (&view["state"], &view["kind"]),
+        (&json!("succeeded"), &json!(KIND))
+    );
     assert_eq!(view["result"], json!({ "adapter": "zorp" }));
     assert!(view.get("payload").is_none() && view.get("webhook").is_none());
     let timestamp = text(headers, "webhook-timestamp").parse().unwrap();
@@ -95,7 +110,9 @@ async fn a_wrong_answer_is_tried_again_later(ground: Ground) {
     let id = ended(&jobs, &url).await;
     for wait in [10, 20] {
         assert!(courier.deliver_one().await.unwrap());
-        ground.clock.advance(Duration::from_secs(wait) - Duration::from_millis(1));
+        ground
+            .clock
+            .advance(Duration::from_secs(wait) - Duration::from_millis(1));
         assert!(!courier.deliver_one().await.unwrap(), "before {wait} s");
         ground.clock.advance(Duration::from_millis(1));
     }
@@ -104,7 +121,11 @@ async fn a_wrong_answer_is_tried_again_later(ground: Ground) {
     assert!(!courier.deliver_one().await.unwrap());
     let noted = noted.lock().unwrap();
     assert_eq!(noted.len(), 3, "the redirect was not followed");
-    let same = |name: &str| noted.iter().all(|(headers, _)| headers[name] == noted[0].0[name]);
+    let same = |name: &str| {
+        noted
+            .iter()
+            .all(|(headers, _)| headers[name] == noted[0].0[name])
+    };
     assert!(same("webhook-id") && !same("webhook-timestamp") && !same("webhook-signature"));
     assert_eq!(log(&jobs, id).await, ["submitted", "started", "succeeded"]);
 }
@@ -117,7 +138,10 @@ async fn who_is_gone_is_told_no_more(ground: Ground) {
     ground.clock.advance(Duration::from_secs(24 * 3600));
     assert!(!courier.deliver_one().await.unwrap());
     assert_eq!(noted.lock().unwrap().len(), 1);
-    assert_eq!(log(&jobs, id).await, ["submitted", "started", "succeeded", "webhook_failed"]);
+    assert_eq!(
+        log(&jobs, id).await,
+        ["submitted", "started", "succeeded", "webhook_failed"]
+    );
     // The state is what it was.
     assert_eq!(state(&jobs, id).await, JobState::Succeeded);
 }
@@ -133,9 +157,15 @@ async fn after_a_day_of_failures_it_is_given_up(ground: Ground) {
     }
     assert_eq!(attempts, 12);
     let last = jobs.events(id, 3, 9).await.unwrap();
-    assert_eq!((&*last[0].kind, &last[0].data["attempts"]), ("webhook_failed", &json!(12)));
+    assert_eq!(
+        (&*last[0].kind, &last[0].data["attempts"]),
+        ("webhook_failed", &json!(12))
+    );
     let reason = last[0].data["message"].as_str().unwrap();
-    assert!(reason.contains("refused") && !reason.contains("hook?x=1"), "{reason}");
+    assert!(
+        reason.contains("refused") && !reason.contains("hook?x=1"),
+        "{reason}"
+    );
 }
 
 async fn a_courier_that_dies_is_replaced(ground: Ground) {
@@ -164,10 +194,14 @@ async fn two_couriers_share_the_work(ground: Ground) {
         }
     };
     let both = async { tokio::join!(courier.run(done()), other.run(done())) };
-    tokio::time::timeout(Duration::from_secs(60), both).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(60), both)
+        .await
+        .unwrap();
     let noted = noted.lock().unwrap();
-    let ids: std::collections::HashSet<_> =
-        noted.iter().map(|(headers, _)| text(headers, "webhook-id")).collect();
+    let ids: std::collections::HashSet<_> = noted
+        .iter()
+        .map(|(headers, _)| text(headers, "webhook-id"))
+        .collect();
     assert_eq!((noted.len(), ids.len()), (6, 6));
 }
 
@@ -175,10 +209,20 @@ async fn two_couriers_share_the_work(ground: Ground) {
 async fn a_host_that_is_not_allowed_is_refused_at_once() {
     let ground = Ground::sqlite();
     let (jobs, _) = open(&ground, "http://127.0.0.1:1").await;
-    for url in ["https://example.org/", "http://127.0.0.1:2/", "http://169.254.169.254/"] {
+    for url in [
+        "https://example.org/",
+        "http://127.0.0.1:2/",
+        "http://169.254.169.254/",
+    ] {
         let webhook = Some(url.to_owned());
         let refused = jobs.submit(NewJob { webhook, ..job() }).await.unwrap_err();
-        let invalid = matches!(refused, JobError::Invalid { field: "webhook", .. });
+        let invalid = matches!(
+            refused,
+            JobError::Invalid {
+                field: "webhook",
+                ..
+            }
+        );
         assert!(invalid, "{url}: {refused:?}");
     }
 }

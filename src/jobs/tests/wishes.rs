@@ -42,15 +42,31 @@ async fn a_wish_does_what_the_state_allows_and_is_refused_otherwise(ground: Grou
     let jobs = ground.jobs().await;
     for from in [Running, Succeeded, Failed, Paused, Cancelled, Queued] {
         for (wished, expected) in [
-            (Wish::Cancel, [Some(Cancelled), Some(Running), Some(Cancelled), None, None, None]),
-            (Wish::Pause, [Some(Paused), Some(Running), None, None, None, None]),
+            (
+                Wish::Cancel,
+                [
+                    Some(Cancelled),
+                    Some(Running),
+                    Some(Cancelled),
+                    None,
+                    None,
+                    None,
+                ],
+            ),
+            (
+                Wish::Pause,
+                [Some(Paused), Some(Running), None, None, None, None],
+            ),
             (Wish::Resume, [None, None, Some(Queued), None, None, None]),
         ] {
             let id = a_job(&jobs, from).await;
             let before = jobs.get(id).await.unwrap();
             let answer = wish(&jobs, id, wished).await;
             let after = jobs.get(id).await.unwrap();
-            let place = JobState::ALL.iter().position(|state| *state == from).unwrap();
+            let place = JobState::ALL
+                .iter()
+                .position(|state| *state == from)
+                .unwrap();
             match (expected[place], answer) {
                 (Some(state), Ok(job)) => assert_eq!((state, &job), (after.state, &after)),
                 (None, Err(JobError::Refused(refusal))) => {
@@ -74,9 +90,16 @@ async fn a_running_job_hears_of_a_wish_at_its_next_heartbeat(ground: Ground) {
     for _ in 0..2 {
         assert!(other.pause(id).await.unwrap().wishes.pause);
     }
-    let pause = Wishes { pause: true, cancel: false };
+    let pause = Wishes {
+        pause: true,
+        cancel: false,
+    };
     assert_eq!(lease.heartbeat(None).await.unwrap(), pause);
-    assert_eq!(lease.heartbeat(None).await.unwrap(), pause, "until it is granted");
+    assert_eq!(
+        lease.heartbeat(None).await.unwrap(),
+        pause,
+        "until it is granted"
+    );
     other.resume(id).await.unwrap();
     assert_eq!(lease.heartbeat(None).await.unwrap(), Wishes::default());
     for _ in 0..2 {
@@ -84,7 +107,10 @@ async fn a_running_job_hears_of_a_wish_at_its_next_heartbeat(ground: Ground) {
     }
     assert!(lease.heartbeat(None).await.unwrap().cancel);
     let job = lease.cancelled(Some(&json!("half"))).await.unwrap();
-    assert_eq!((job.state, job.result), (JobState::Cancelled, Some(json!("half"))));
+    assert_eq!(
+        (job.state, job.result),
+        (JobState::Cancelled, Some(json!("half")))
+    );
     let expected = [
         "submitted",
         "started",
@@ -103,7 +129,10 @@ async fn a_paused_job_goes_on_where_it_was(ground: Ground) {
     jobs.pause(id).await.unwrap();
     lease.heartbeat(Some(&json!({ "step": 5 }))).await.unwrap();
     let paused = lease.paused().await.unwrap();
-    assert_eq!((paused.state, paused.wishes), (JobState::Paused, Wishes::default()));
+    assert_eq!(
+        (paused.state, paused.wishes),
+        (JobState::Paused, Wishes::default())
+    );
     ground.pass(&jobs, LEASE * 2).await;
     assert!(claim(&jobs).await.is_none());
     jobs.resume(id).await.unwrap();
@@ -128,5 +157,8 @@ async fn a_released_job_is_given_what_was_wished(ground: Ground) {
     jobs.cancel(one.job().id).await.unwrap();
     jobs.pause(other.job().id).await.unwrap();
     assert_eq!(one.release().await.unwrap().state, JobState::Cancelled);
-    assert_eq!(other.fail("x", "x", true).await.unwrap().state, JobState::Paused);
+    assert_eq!(
+        other.fail("x", "x", true).await.unwrap().state,
+        JobState::Paused
+    );
 }

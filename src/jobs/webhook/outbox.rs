@@ -23,7 +23,7 @@ pub(super) const ON_THE_WAY: Duration = Duration::from_secs(60);
 
 /// One message, taken for one attempt.
 #[derive(Debug)]
-pub(super) struct Message {
+pub(in super::super) struct Message {
     pub id: String,
     pub job: JobId,
     pub url: String,
@@ -56,7 +56,7 @@ pub(in super::super) async fn enqueue(tx: &mut Tx, job: &Job) -> Result<(), JobE
 }
 
 /// Takes a message that is due. Should its courier never come back, it is due again after a while.
-pub(super) async fn take(jobs: &Jobs) -> Result<Option<Message>, JobError> {
+pub(in super::super) async fn take(jobs: &Jobs) -> Result<Option<Message>, JobError> {
     let mut tx = jobs.db().write().await?;
     let now = tx.now().await?;
     // Longer than the longest wait ahead: the clock was set back since.

@@ -43,7 +43,7 @@ impl WebhookSecret {
     }
 
     /// The header `webhook-signature`.
-    pub(super) fn sign(&self, id: &str, timestamp: i64, body: &str) -> String {
+    pub(in super::super) fn sign(&self, id: &str, timestamp: i64, body: &str) -> String {
         // A key of any length will do.
         let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&self.0) else {
             unreachable!("HMAC takes keys of any length");
