@@ -6,19 +6,14 @@
 //!
 //! # The life of a job
 //!
-//! ```text
-//!             resume                     succeed
-//!          +---------- paused     +--------------------> succeeded
-//!          v             ^  ^     |      fail
-//!  ---> queued ----------+  +- running ----------------> failed
-//!          |  ^   pause   pause | | ^
-//!          |  +-----------------+ | |
-//!          |   release, retry     | | claim
-//!          +----------------------|-+
-//!          |                      v
-//!          +----------------> cancelled <---- paused
-//!               cancel
-//! ```
+//! | from | by | to |
+//! |---|---|---|
+//! | queued | a claim | running |
+//! | running | release, or an attempt that went wrong (after a back-off) | queued |
+//! | queued, running | pause | paused |
+//! | paused | resume | queued |
+//! | running | its worker's word | succeeded, failed |
+//! | queued, running, paused | cancel | cancelled |
 //!
 //! [`JobState::after`] is all of it. No edge leads out of the last three.
 //!

@@ -72,13 +72,14 @@ impl JobFiles {
 
     /// Puts a file under this name, in place of what was there.
     pub async fn put(&self, job: JobId, name: &FileName, bytes: Bytes) -> Result<(), JobError> {
-        Ok(match &self.0 {
+        match &self.0 {
             Place::Folder(folder) => {
                 let (folder, name) = (folder.clone(), name.clone());
-                blocking(move || folder.put(job, &name, &bytes)).await?
+                blocking(move || folder.put(job, &name, &bytes)).await?;
             }
             Place::Objects(objects) => objects.put(job, name, bytes).await?,
-        })
+        }
+        Ok(())
     }
 
     /// The file, if there is one of this name.
@@ -119,13 +120,14 @@ impl JobFiles {
 
     /// Removes everything a job has.
     pub async fn delete_all(&self, job: JobId) -> Result<(), JobError> {
-        Ok(match &self.0 {
+        match &self.0 {
             Place::Folder(folder) => {
                 let folder = folder.clone();
-                blocking(move || folder.delete_all(job)).await?
+                blocking(move || folder.delete_all(job)).await?;
             }
             Place::Objects(objects) => objects.delete_all(job).await?,
-        })
+        }
+        Ok(())
     }
 }
 

@@ -119,6 +119,7 @@ async fn a_wrong_answer_is_tried_again_later(ground: Ground) {
     assert!(courier.deliver_one().await.unwrap());
     ground.clock.advance(Duration::from_secs(24 * 3600));
     assert!(!courier.deliver_one().await.unwrap());
+    assert_eq!(log(&jobs, id).await, ["submitted", "started", "succeeded"]);
     let noted = noted.lock().unwrap();
     assert_eq!(noted.len(), 3, "the redirect was not followed");
     let same = |name: &str| {
@@ -127,7 +128,6 @@ async fn a_wrong_answer_is_tried_again_later(ground: Ground) {
             .all(|(headers, _)| headers[name] == noted[0].0[name])
     };
     assert!(same("webhook-id") && !same("webhook-timestamp") && !same("webhook-signature"));
-    assert_eq!(log(&jobs, id).await, ["submitted", "started", "succeeded"]);
 }
 
 async fn who_is_gone_is_told_no_more(ground: Ground) {

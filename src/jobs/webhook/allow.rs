@@ -117,16 +117,6 @@ impl FromStr for Entry {
 
     fn from_str(text: &str) -> Result<Self, InvalidHost> {
         let invalid = || InvalidHost(text.to_owned());
-        // A host in the one spelling that URLs are brought to.
-        let host = |host: &str| match Url::parse(&format!("https://{host}")) {
-            Ok(url) if url.path() == "/" && url.port().is_none() && url.query().is_none() => {
-                let plain = url.username().is_empty() && url.fragment().is_none();
-                url.host_str()
-                    .filter(|_| plain && !host.contains(['*', ':', '/']) || host.starts_with('['))
-                    .map(str::to_owned)
-            }
-            _ => None,
-        };
         if let Some(suffix) = text.strip_prefix("*.") {
             let suffix = host(suffix)
                 .filter(|s| address(s).is_none())
@@ -141,6 +131,21 @@ impl FromStr for Entry {
         }
         host(text).map(Self::Host).ok_or_else(invalid)
     }
+}
+
+/// A host in the one spelling that URLs are brought to, if the text is a host and nothing else.
+fn host(text: &str) -> Option<String> {
+    let v6 = text.strip_prefix('[').and_then(|t| t.strip_suffix(']'));
+    let fine = match v6 {
+        Some(v6) => v6.parse::<Ipv6Addr>().is_ok(),
+        None => {
+            !text.contains(|c: char| c.is_whitespace() || c.is_control() || ":/?#@*%\\".contains(c))
+        }
+    };
+    let url = Url::parse(&format!("https://{text}/"))
+        .ok()
+        .filter(|_| fine)?;
+    url.host_str().map(str::to_owned)
 }
 
 /// The address that a host is, if it is not a name.
@@ -269,6 +274,11 @@ mod tests {
             "http://a.org:80/x",
             "*.10.0.0.1",
             "a b",
+            "a\tb",
+            "a?b",
+            "a#b",
+            "[::1]:80",
+            "[::1]/x]",
         ] {
             assert!(AllowedHosts::new([entry]).is_err(), "{entry}");
         }
