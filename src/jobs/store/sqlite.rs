@@ -11,8 +11,9 @@ use super::{super::JobError, Pools, migrator, unknown, unmigrated};
 
 const TEXTS: [(&str, &str); 1] = [("jobs", include_str!("../migrations/sqlite/0001_jobs.sql"))];
 const READERS: u32 = 4;
-/// Two processes that make one new file's tables meet; SQLite has no lock for that. The second finds
-/// them made when it tries again.
+/// Two processes that make one new file meet in making it a write-ahead one, where SQLite does not wait
+/// for a lock, and in making the tables, for which it has none. The second finds it all made when it
+/// tries again.
 const TRIES: u32 = 20;
 const BETWEEN: Duration = Duration::from_millis(50);
 
@@ -49,26 +50,39 @@ pub(super) async fn open(url: &str, file: &str, patience: Duration) -> Result<Po
         })?;
     }
     let options = options.filename(file).journal_mode(SqliteJournalMode::Wal);
-    let write = pool
-        .clone()
-        .max_connections(1)
-        .connect_with(options.clone())
-        .await?;
+    for _ in 1..TRIES {
+        match writer(url, &pool, &options).await {
+            Ok(write) => return with_readers(write, pool, options).await,
+            Err(error) => tracing::debug!(%error, "opening the database once more"),
+        }
+        tokio::time::sleep(BETWEEN).await;
+    }
+    let write = writer(url, &pool, &options).await?;
+    with_readers(write, pool, options).await
+}
+
+/// The one connection that writes, to a file whose tables are there.
+async fn writer(
+    url: &str,
+    pool: &SqlitePoolOptions,
+    options: &SqliteConnectOptions,
+) -> Result<SqlitePool, JobError> {
+    let pool = pool.clone().max_connections(1);
+    let write = pool.connect_with(options.clone()).await?;
     tables(url, &write).await?;
+    Ok(write)
+}
+
+async fn with_readers(
+    write: SqlitePool,
+    pool: SqlitePoolOptions,
+    options: SqliteConnectOptions,
+) -> Result<Pools, JobError> {
     let read = pool.max_connections(READERS).connect_with(options).await?;
     Ok(Pools::Sqlite { write, read })
 }
 
 async fn tables(url: &str, pool: &SqlitePool) -> Result<(), JobError> {
-    let migrator = migrator(&TEXTS);
-    for _ in 1..TRIES {
-        if migrator.run(pool).await.is_ok() {
-            return Ok(());
-        }
-        tokio::time::sleep(BETWEEN).await;
-    }
-    migrator
-        .run(pool)
-        .await
-        .map_err(|error| unmigrated(url, error))
+    let made = migrator(&TEXTS).run(pool).await;
+    made.map_err(|error| unmigrated(url, error))
 }
