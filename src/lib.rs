@@ -14,6 +14,8 @@
 //! | [`engine`] | the queue, the batcher, the device thread, progress, health | HTTP |
 //! | [`pipeline`] | from a checked request to pixels, one evaluation of the model at a time | threads |
 //! | [`registry`] | where adapters live: folder or object store, memory tiers, leases | tensors, HTTP |
+//! | [`jobs`] | durable jobs on SQLite or PostgreSQL: queue, lease, events, webhooks, files | tensors, training, HTTP |
+//! | [`storage`] | what a folder and S3 are to every room that keeps files there | adapters, jobs |
 //! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
 //! | [`noise`] | PyTorch's random numbers | everything else |
 //! | [`adapters`] | adapter files become deltas by site, are mixed for one model, and are written | requests |
@@ -157,5 +159,6 @@ pub mod ops;
 pub mod pipeline;
 pub mod registry;
 pub mod schedulers;
+pub mod storage;
 pub mod telemetry;
 pub mod training;

@@ -14,7 +14,8 @@ use std::{
 use bytes::Bytes;
 use futures::stream;
 
-use super::{Expect, Listing, Pieces, Seen, Staged, StoreFault, staging};
+use super::{Expect, Listing, Pieces, Seen, Staged, StoreFault};
+use crate::storage::{aside, blocking};
 
 /// Bytes per piece of a download.
 const PIECE: usize = 256 * 1024;
@@ -31,8 +32,8 @@ impl Folder {
         let root = std::path::absolute(root).map_err(|e| at(root, &e))?;
         let staging = root.join(".staging");
         // A read-only folder can be served; writing then says why it cannot.
-        if staging::prepare(&staging).is_ok() {
-            staging::sweep(&staging);
+        if aside::prepare(&staging).is_ok() {
+            aside::sweep(&staging);
         }
         Ok(Self { root, staging })
     }
@@ -139,10 +140,10 @@ impl Folder {
     }
 
     pub fn write(&self, file: &str, bytes: &[u8], expect: &Expect) -> Result<Seen, StoreFault> {
-        let (path, mut staged) = staging::create(&self.staging)?;
+        let (path, mut staged) = aside::create(&self.staging)?;
         let written = staged
             .write_all(bytes)
-            .and_then(|()| staging::complete(&staged));
+            .and_then(|()| aside::complete(&staged));
         let result = written
             .map_err(StoreFault::from)
             .and_then(|()| self.commit(file, &path, expect));
@@ -204,7 +205,7 @@ impl Folder {
     /// Between a look at a file and its replacement no other process of ours gets in.
     fn lock(&self) -> Result<File, StoreFault> {
         self.there()?;
-        staging::prepare(&self.staging)?;
+        aside::prepare(&self.staging)?;
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -240,7 +241,7 @@ fn seen(found: &Metadata) -> Seen {
 /// A file piece by piece, read where it may block.
 pub(super) fn pieces(file: File) -> Pieces {
     Box::pin(stream::try_unfold(file, |mut file| {
-        super::blocking(move || {
+        blocking(move || {
             let mut piece = vec![0; PIECE];
             let read = loop {
                 match file.read(&mut piece) {

@@ -5,16 +5,17 @@
 
 mod folder;
 mod remote;
-mod s3;
 mod staging;
 
-use std::{collections::BTreeMap, io, path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use object_store::ObjectStore;
 
 use super::AdapterName;
+pub use crate::storage::StoreFault;
+use crate::storage::blocking;
 use folder::Folder;
 use remote::Remote;
 pub use staging::Staged;
@@ -93,47 +94,6 @@ impl Expect {
     }
 }
 
-/// Why a store did not do it.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum StoreFault {
-    /// What the write was to depend on was not so.
-    #[error("the file is not what was expected")]
-    Unmet,
-    #[error("the file has more than {limit} bytes")]
-    TooLarge { limit: u64 },
-    #[error("{0}")]
-    Full(String),
-    #[error("{0}")]
-    Unavailable(String),
-}
-
-impl StoreFault {
-    /// Of an error whose chain of causes may hold one of the system's.
-    fn from_error(error: &(dyn std::error::Error + 'static)) -> Self {
-        let mut cause = Some(error);
-        while let Some(here) = cause {
-            if let Some(io) = here.downcast_ref::<io::Error>()
-                && is_full(io)
-            {
-                return Self::Full(error.to_string());
-            }
-            cause = here.source();
-        }
-        Self::Unavailable(error.to_string())
-    }
-}
-
-fn is_full(error: &io::Error) -> bool {
-    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-    matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge)
-}
-
-impl From<io::Error> for StoreFault {
-    fn from(error: io::Error) -> Self {
-        Self::from_error(&error)
-    }
-}
-
 /// The files of one adapter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Files {
@@ -208,16 +168,6 @@ pub struct Store(Place);
 enum Place {
     Folder(Arc<Folder>),
     Remote(Arc<Remote>),
-}
-
-/// Runs file system calls where they may block.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, StoreFault> + Send + 'static,
-) -> Result<T, StoreFault> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(StoreFault::Unavailable(error.to_string())),
-    }
 }
 
 impl Store {

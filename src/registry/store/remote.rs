@@ -31,7 +31,8 @@ use object_store::{
     UpdateVersion, path::Path as Location,
 };
 
-use super::{Expect, Listing, Pieces, Seen, StoreFault, s3::S3, staging};
+use super::{Expect, Listing, Pieces, Seen, StoreFault};
+use crate::storage::{aside, s3::S3};
 
 pub(super) struct Remote {
     objects: Arc<dyn ObjectStore>,
@@ -51,8 +52,8 @@ impl fmt::Debug for Remote {
 
 impl Remote {
     pub fn new(objects: Arc<dyn ObjectStore>, staging: &Path) -> Result<Self, StoreFault> {
-        staging::prepare(staging)?;
-        staging::sweep(staging);
+        aside::prepare(staging)?;
+        aside::sweep(staging);
         Ok(Self {
             objects,
             staging: staging.to_owned(),
@@ -187,12 +188,6 @@ impl Remote {
             ) => Err(StoreFault::Unmet),
             Err(error) => Err(error.into()),
         }
-    }
-}
-
-impl From<Error> for StoreFault {
-    fn from(error: Error) -> Self {
-        Self::from_error(&error)
     }
 }
 

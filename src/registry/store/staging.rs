@@ -5,7 +5,6 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -13,12 +12,9 @@ use futures::{Stream, StreamExt as _};
 use memmap2::Mmap;
 use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncWrite, AsyncWriteExt as _};
-use uuid::Uuid;
 
 use super::{super::Generation, StoreFault};
-
-/// After this nobody is still uploading: the process that began is gone.
-const STALE: Duration = Duration::from_secs(24 * 3600);
+use crate::storage::{aside, blocking};
 
 /// A whole file nobody else knows of; it goes when this is dropped.
 #[derive(Debug)]
@@ -76,12 +72,12 @@ pub(in super::super) async fn spool<E: fmt::Display>(
     limit: u64,
 ) -> Result<Staged, SpoolFault> {
     let folder = folder.to_owned();
-    let (path, file) = super::blocking(move || Ok(create(&folder)?)).await?;
+    let (path, file) = blocking(move || Ok(aside::create(&folder)?)).await?;
     let path = Removed(path);
     let mut file = tokio::fs::File::from_std(file);
     let (size, generation) = drain(&mut file, body, limit).await?;
     let file = file.into_std().await;
-    super::blocking(move || Ok(complete(&file)?)).await?;
+    blocking(move || Ok(aside::complete(&file)?)).await?;
     Ok(Staged {
         path,
         size,
@@ -107,47 +103,6 @@ async fn drain<E: fmt::Display>(
     }
     into.flush().await?;
     Ok((size, Generation::finish(hash)))
-}
-
-/// A new file that was not there before.
-pub(super) fn create(folder: &Path) -> io::Result<(PathBuf, File)> {
-    prepare(folder)?;
-    let path = folder.join(format!("{}.tmp", Uuid::now_v7()));
-    let file = File::options().write(true).create_new(true).open(&path)?;
-    Ok((path, file))
-}
-
-/// To the disk, with a time to the nanosecond. The system's own is that of its last tick, and inodes
-/// are used again: without this, two files a moment apart could have one mark.
-pub(super) fn complete(file: &File) -> io::Result<()> {
-    file.set_modified(SystemTime::now())?;
-    file.sync_all()
-}
-
-/// Makes the staging folder, but none above it: a store that is gone is not to come back empty.
-pub(super) fn prepare(folder: &Path) -> io::Result<()> {
-    match fs::create_dir(folder) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => Ok(()),
-    }
-}
-
-/// Removes what a process left behind that was killed while writing.
-pub(super) fn sweep(folder: &Path) {
-    let Ok(entries) = fs::read_dir(folder) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        let age = entry.metadata().and_then(|found| found.modified());
-        let stale = age.is_ok_and(|time| {
-            SystemTime::now()
-                .duration_since(time)
-                .is_ok_and(|age| age > STALE)
-        });
-        if stale && entry.path().extension().is_some_and(|e| e == "tmp") {
-            let _ = fs::remove_file(entry.path());
-        }
-    }
 }
 
 #[cfg(test)]
@@ -197,15 +152,5 @@ mod tests {
         let fault = spool(folder.path(), broken, 3).await.unwrap_err();
         assert!(matches!(fault, SpoolFault::Body(why) if why == "gone"));
         assert_eq!(left(), 0);
-    }
-
-    #[test]
-    fn only_what_a_dead_process_left_is_swept() {
-        let folder = tempfile::tempdir().unwrap();
-        let (old, file) = create(folder.path()).unwrap();
-        file.set_modified(SystemTime::now() - 2 * STALE).unwrap();
-        let (young, _) = create(folder.path()).unwrap();
-        sweep(folder.path());
-        assert_eq!((old.exists(), young.exists()), (false, true));
     }
 }

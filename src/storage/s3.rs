@@ -17,7 +17,7 @@ const SILENCE: Duration = Duration::from_secs(20);
 /// No more attempts after this: a client waits for the answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-pub(super) struct S3 {
+pub(crate) struct S3 {
     /// As the operator gave it.
     url: String,
     prefix: Location,
