@@ -164,9 +164,11 @@ impl Mixer {
                     }
                     None => {}
                 }
+                // A copy: a view would keep the whole adapter in memory.
                 let vectors = embedding
                     .vectors
-                    .to_device(&self.modules.device)
+                    .copy()
+                    .and_then(|vectors| vectors.to_device(&self.modules.device))
                     .and_then(|vectors| vectors.to_dtype(self.modules.dtype))
                     .map_err(|error| MixerError::Failed(error.to_string()))?;
                 bytes += (vectors.elem_count() * vectors.dtype().size_in_bytes()) as u64;
