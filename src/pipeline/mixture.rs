@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use crate::models::DeltaSet;
+use crate::{models::DeltaSet, registry::Generation};
 
 /// A mixture of adapters, made ready for the model; shared by all requests that want the same.
 #[derive(Debug, Clone, Default)]
 pub struct Mixture {
     /// Absent where nothing is added to any site.
     pub deltas: Option<Arc<DeltaSet>>,
+    /// The adapters in it.
+    pub of: Vec<Generation>,
     /// Words that prompts may use.
     pub words: Vec<Word>,
     /// What an encoded prompt depends on: the adapters that change the text encoder or bring words,

@@ -45,6 +45,7 @@
 //! and size in a folder, the ETag elsewhere) is the same.
 
 mod error;
+mod follower;
 mod generation;
 mod index;
 mod keeper;
@@ -64,6 +65,7 @@ mod tests;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use error::RegistryError;
+pub use follower::Follower;
 pub use generation::{Generation, NotAGeneration};
 pub use index::Entry;
 pub use keeper::Keeper;
