@@ -284,7 +284,8 @@ fn halved(file: &[u8]) -> Outcome<Vec<u8>> {
     let tensors = SafeTensors::deserialize(file)?;
     let halved = tensors.iter().map(|(key, view)| {
         let (numbers, _) = view.data().as_chunks::<4>();
-        let half = |number: &[u8; 4]| half::f16::from_f32(f32::from_le_bytes(*number)).to_le_bytes();
+        let half =
+            |number: &[u8; 4]| half::f16::from_f32(f32::from_le_bytes(*number)).to_le_bytes();
         let bytes: Vec<u8> = numbers.iter().flat_map(half).collect();
         (key.to_owned(), view.shape().to_vec(), bytes)
     });

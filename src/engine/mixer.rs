@@ -187,7 +187,8 @@ impl Mixer {
 impl Follower for Mixer {
     fn retired(&self, generation: &Generation, name: &AdapterName) {
         self.tier.retire(&plain(generation), name);
-        self.tier.retire_if(|mixture| mixture.of.contains(generation));
+        self.tier
+            .retire_if(|mixture| mixture.of.contains(generation));
     }
 
     fn pinned(&self, generation: &Generation, name: &AdapterName, pinned: bool) {

@@ -190,7 +190,9 @@ async fn mixtures_stay_and_go_with_their_adapters() {
         write(name, seed);
     }
     let store = Store::folder(folder.path()).unwrap();
-    let registry = Registry::open(store, loader, Default::default()).await.unwrap();
+    let registry = Registry::open(store, loader, Default::default())
+        .await
+        .unwrap();
     let mixer = Arc::new(Mixer::new(modules.clone(), 1 << 30));
     let wardrobe = Wardrobe::new(registry.clone(), mixer.clone());
     let dress = async |names: &[(&str, f64)]| {
@@ -202,13 +204,21 @@ async fn mixtures_stay_and_go_with_their_adapters() {
             sha256: None,
         };
         request.adapters = names.iter().map(choice).collect();
-        wardrobe.dress(&mut request, Default::default()).await.unwrap();
+        wardrobe
+            .dress(&mut request, Default::default())
+            .await
+            .unwrap();
         request.mixture.unwrap()
     };
     let name = |name: &str| AdapterName::new(name).unwrap();
     let left = || mixer.usage().adapters;
 
-    for names in [&[("a", 1.0)][..], &[("a", 0.5)], &[("a", 1.0), ("b", 1.0)], &[("b", 1.0)]] {
+    for names in [
+        &[("a", 1.0)][..],
+        &[("a", 0.5)],
+        &[("a", 1.0), ("b", 1.0)],
+        &[("b", 1.0)],
+    ] {
         dress(names).await;
     }
     assert_eq!(left(), 4);
@@ -236,7 +246,12 @@ async fn mixtures_stay_and_go_with_their_adapters() {
         let mut request = tests::request(5, 2);
         let (unet, text) = (strength, strength);
         let (name, sha256) = ("d".into(), None);
-        request.adapters = vec![AdapterChoice { name, unet, text, sha256 }];
+        request.adapters = vec![AdapterChoice {
+            name,
+            unet,
+            text,
+            sha256,
+        }];
         wardrobe.dress(&mut request, Default::default()).await
     };
     dress(1.0).await.unwrap();
@@ -248,5 +263,8 @@ async fn mixtures_stay_and_go_with_their_adapters() {
     assert_eq!(tight.usage().adapters, 1, "the other made room");
     assert!(kept.strong_count() > 0);
     registry.delete(&name("d"), None).await.unwrap();
-    assert_eq!((left(), tight.usage().adapters, kept.strong_count()), (0, 0, 0));
+    assert_eq!(
+        (left(), tight.usage().adapters, kept.strong_count()),
+        (0, 0, 0)
+    );
 }

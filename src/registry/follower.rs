@@ -48,6 +48,8 @@ impl<L: Loader> Registry<L> {
 
     pub(super) fn keep_in_memory(&self, generation: &Generation, name: &AdapterName, pinned: bool) {
         self.0.host.pin(generation, name, pinned);
-        self.0.followers.tell(|one| one.pinned(generation, name, pinned));
+        self.0
+            .followers
+            .tell(|one| one.pinned(generation, name, pinned));
     }
 }

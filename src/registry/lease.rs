@@ -238,18 +238,19 @@ impl<L: Loader> Registry<L> {
                 None => rayon::join(|| Generation::of(&bytes), || load(bytes.clone())),
             };
             // The same content may be here already, under another name: then that stays.
-            let resident = loaded
-                .map_err(|fault| fault.of(&work.name))
-                .and_then(|(value, size)| {
-                    let inserted = registry.0.host.insert(generation, value, size);
-                    inserted.map_err(|room| RegistryError::NoRoom {
-                        name: work.name.clone(),
-                        tier: registry.0.host.label(),
-                        needed: size,
-                        budget: room.budget,
-                        held: room.held,
-                    })
-                });
+            let resident =
+                loaded
+                    .map_err(|fault| fault.of(&work.name))
+                    .and_then(|(value, size)| {
+                        let inserted = registry.0.host.insert(generation, value, size);
+                        inserted.map_err(|room| RegistryError::NoRoom {
+                            name: work.name.clone(),
+                            tier: registry.0.host.label(),
+                            needed: size,
+                            budget: room.budget,
+                            held: room.held,
+                        })
+                    });
             (generation, resident)
         });
         let (generation, result) = match made.await {

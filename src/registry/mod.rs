@@ -74,7 +74,7 @@ pub use manifest::{Base, Manifest, ManifestPatch};
 pub use name::{AdapterName, nearest};
 pub use query::{LARGEST_PAGE, Page, Query};
 pub use registry::{Download, Registry, Settings};
-pub use store::{Pieces, Seen, Staged, Store, StoreFault};
+pub use store::{Pieces, Seen, Staged, Store, StoreFault, fresh_staging};
 pub use tier::{NoRoom, Resident, Tier, Usage};
 pub use writing::{Admission, Published, PutPolicy};
 

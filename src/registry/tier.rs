@@ -347,7 +347,10 @@ mod tests {
 
     #[test]
     fn a_pin_holds_what_comes_after_it_and_outlives_another_names_farewell() {
-        let (one, other) = (AdapterName::new("a").unwrap(), AdapterName::new("b").unwrap());
+        let (one, other) = (
+            AdapterName::new("a").unwrap(),
+            AdapterName::new("b").unwrap(),
+        );
         let tier = Tier::new("test", 20);
         tier.pin(&generation(1), &one, true);
         tier.insert(generation(1), 1, 10).unwrap();

@@ -17,8 +17,8 @@ use object_store::ObjectStore;
 use super::AdapterName;
 use folder::Folder;
 use remote::Remote;
-pub use staging::Staged;
 pub(super) use staging::{SpoolFault, spool};
+pub use staging::{Staged, fresh_staging};
 
 /// The files of an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

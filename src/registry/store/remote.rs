@@ -20,6 +20,7 @@
 
 use std::{
     fmt,
+    fs::File,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -36,6 +37,8 @@ use super::{Expect, Listing, Pieces, Seen, StoreFault, s3::S3, staging};
 pub(super) struct Remote {
     objects: Arc<dyn ObjectStore>,
     staging: PathBuf,
+    /// While it is open, the folder is this process'.
+    _held: Option<File>,
     /// S3's own, where it is S3.
     s3: Option<S3>,
 }
@@ -56,6 +59,7 @@ impl Remote {
         Ok(Self {
             objects,
             staging: staging.to_owned(),
+            _held: staging::hold(staging),
             s3: None,
         })
     }
