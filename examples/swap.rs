@@ -72,6 +72,8 @@ struct Options {
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> ExitCode {
+    // As the server does.
+    lorikeet::ops::keep_freed();
     let options = Options::parse();
     let result = tokio::runtime::Runtime::new()
         .map_err(Into::into)
