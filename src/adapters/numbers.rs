@@ -162,3 +162,45 @@ pub(super) fn bytes<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> usize {
     }
     pieces.into_values().sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::super::{
+        Delta,
+        golden_tests::{bytes as file, cases, read},
+        packing::unpack,
+    };
+
+    #[test]
+    fn an_adapter_takes_what_its_file_does_in_the_files_own_type() {
+        let mut types = Vec::new();
+        for name in [
+            "peft",
+            "peft-rslora-convolutions",
+            "kohya-sgm",
+            "loha",
+            "lokr",
+        ] {
+            let case = cases().into_iter().find(|case| case.name == name).unwrap();
+            let adapter = read(&case);
+            let (tensors, _) = unpack(&file(name));
+            let counted = tensors.iter().filter(|tensor| {
+                !tensor.key.ends_with(".alpha") && !adapter.unmatched.contains(&tensor.key)
+            });
+            let size: usize = counted.map(|tensor| tensor.bytes.len()).sum();
+            assert_eq!(adapter.bytes(), size, "{name}");
+            let mut found: Vec<DType> = adapter
+                .deltas
+                .values()
+                .flat_map(Delta::tensors)
+                .map(|tensor| tensor.dtype())
+                .collect();
+            found.dedup();
+            assert_eq!(found.len(), 1, "{name}");
+            types.extend(found);
+        }
+        assert!(types.contains(&DType::F16) && types.contains(&DType::F32));
+    }
+}
