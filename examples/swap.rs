@@ -3,14 +3,19 @@
 //! behind; and painting while others load.
 //!
 //! ```text
-//! swap --model demo|DIR [--rank 16] [--registered 1000] [--rounds N] [--width 64 --height 64]    latents
+//! swap --model demo|DIR [--rank 16] [--half] [--registered 1000] [--rounds N] [--width 64 --height 64]    latents
 //! ```
 //!
-//! Adapters are random, over the linear maps of all attention, in f32. Prints one line of JSON; times
-//! are medians in seconds, of `rounds` each.
+//! Adapters are random, over the linear maps of all attention; their files are f32, or f16 with
+//! `--half`. Prints one line of JSON; times are medians in seconds, of `rounds` each.
+//!
+//! Under `cold`: reading a file and nothing else, its SHA-256 alone, and loading it, from the system's
+//! cache and with its pages dropped from it. A file that was put into the folder by hand is hashed when it
+//! is first loaded; of an uploaded or trained one the hash is known.
 
 use std::{
     collections::BTreeMap,
+    os::fd::AsRawFd as _,
     path::Path,
     process::ExitCode,
     sync::{
@@ -34,8 +39,9 @@ use lorikeet::{
         Pipeline,
         request::{AdapterChoice, ImageRequest, Limits, RequestDraft},
     },
-    registry::{Registry, Settings, Store},
+    registry::{AdapterName, Generation, Registry, Settings, Store},
 };
+use safetensors::{SafeTensors, tensor::TensorView};
 
 #[derive(Debug, Parser)]
 struct Options {
@@ -43,6 +49,9 @@ struct Options {
     model: ModelSource,
     #[arg(long, default_value_t = 16)]
     rank: usize,
+    /// Write the files in f16
+    #[arg(long)]
+    half: bool,
     #[arg(long, default_value_t = 1000)]
     registered: usize,
     /// Latents of the step that times are compared with
@@ -63,6 +72,8 @@ struct Options {
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> ExitCode {
+    // As the server does.
+    lorikeet::ops::keep_freed();
     let options = Options::parse();
     let result = tokio::runtime::Runtime::new()
         .map_err(Into::into)
@@ -188,6 +199,10 @@ async fn measure(options: &Options) -> Outcome<serde_json::Value> {
     for number in 0..options.registered.max(options.rounds) {
         let extra = BTreeMap::from([("number".to_owned(), number.to_string())]);
         let file = adapters[number % options.rounds].save(Format::Peft, &extra)?;
+        let file = match options.half {
+            true => halved(&file)?,
+            false => file,
+        };
         let name = format!("a{number:04}.safetensors");
         std::fs::write(many.join(&name), &file)?;
         if number < options.rounds {
@@ -196,8 +211,9 @@ async fn measure(options: &Options) -> Outcome<serde_json::Value> {
         bytes = file.len();
     }
 
+    let cold = cold(options, &few, &loader).await?;
     let mut figures = serde_json::json!({
-        "name": name, "rank": options.rank, "file_bytes": bytes, "step": step,
+        "cold": cold, "name": name, "rank": options.rank, "file_bytes": bytes, "step": step,
         "registered": options.registered,
     });
     for (label, folder) in [("few", &few), ("many", &many)] {
@@ -262,6 +278,86 @@ async fn measure(options: &Options) -> Outcome<serde_json::Value> {
     }
     std::fs::remove_dir_all(&place)?;
     Ok(figures)
+}
+
+/// The same file with its numbers in f16.
+fn halved(file: &[u8]) -> Outcome<Vec<u8>> {
+    let (_, header) = SafeTensors::read_metadata(file)?;
+    let tensors = SafeTensors::deserialize(file)?;
+    let halved = tensors.iter().map(|(key, view)| {
+        let (numbers, _) = view.data().as_chunks::<4>();
+        let half =
+            |number: &[u8; 4]| half::f16::from_f32(f32::from_le_bytes(*number)).to_le_bytes();
+        let bytes: Vec<u8> = numbers.iter().flat_map(half).collect();
+        (key.to_owned(), view.shape().to_vec(), bytes)
+    });
+    let halved: Vec<_> = halved.collect();
+    let views = halved
+        .iter()
+        .map(|(key, shape, bytes)| {
+            let view = TensorView::new(safetensors::Dtype::F16, shape.clone(), bytes)?;
+            Ok((key, view))
+        })
+        .collect::<Outcome<Vec<_>>>()?;
+    Ok(safetensors::serialize(views, header.metadata().clone())?)
+}
+
+/// Loading a file that is not in memory, beside reading it and beside its hash.
+async fn cold(
+    options: &Options,
+    folder: &Path,
+    loader: &AdapterLoader,
+) -> Outcome<serde_json::Value> {
+    let registry = registry(folder, loader).await?;
+    let mut figures = serde_json::json!({});
+    for (label, drop_pages) in [("cached", false), ("disk", true)] {
+        let [mut read, mut hashed, mut first, mut known] = [const { Vec::new() }; 4];
+        for round in 0..options.rounds {
+            let name: AdapterName = format!("a{round:04}").parse()?;
+            let path = folder.join(format!("{name}.safetensors"));
+            let fresh = |path: &Path| match drop_pages {
+                true => forget(path),
+                false => std::fs::read(path).map(drop),
+            };
+            fresh(&path)?;
+            let began = Instant::now();
+            let bytes = std::hint::black_box(std::fs::read(&path)?);
+            read.push(began.elapsed().as_secs_f64());
+            let began = Instant::now();
+            std::hint::black_box(Generation::of(&bytes));
+            hashed.push(began.elapsed().as_secs_f64());
+            drop(bytes);
+            // A new time makes it a file that nobody has hashed.
+            let file = std::fs::File::options().write(true).open(&path)?;
+            file.set_modified(std::time::SystemTime::now())?;
+            file.sync_all()?;
+            registry.rescan().await?;
+            for times in [&mut first, &mut known] {
+                fresh(&path)?;
+                let began = Instant::now();
+                drop(registry.lease(&name).await?);
+                times.push(began.elapsed().as_secs_f64());
+                registry.release(&name).await?;
+            }
+        }
+        figures[label] = serde_json::json!({
+            "read_file": median(read), "sha256": median(hashed),
+            "load_unhashed": median(first), "load": median(known),
+        });
+    }
+    Ok(figures)
+}
+
+/// Drops a file's pages from the system's cache.
+fn forget(path: &Path) -> std::io::Result<()> {
+    let file = std::fs::File::open(path)?;
+    // What is not on the disk yet stays.
+    file.sync_all()?;
+    // SAFETY: the descriptor is open; 0, 0 is the whole file.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        code => Err(std::io::Error::from_raw_os_error(code)),
+    }
 }
 
 /// The process' memory over many swaps, in MB at every tenth of them.

@@ -2,9 +2,9 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use candle_core::Tensor;
+use candle_core::{Result, Tensor};
 
-use super::{Delta, Family};
+use super::{Delta, Family, delta, numbers};
 
 /// What a file does to a model: deltas by site, and new words for its text encoder.
 #[derive(Debug, Clone)]
@@ -28,7 +28,7 @@ pub struct Adapter {
 pub struct TokenEmbedding {
     /// The word in prompts.
     pub token: String,
-    /// `[vectors, width]`, f32: a prompt's word becomes so many tokens.
+    /// `[vectors, width]` in the file's type: a prompt's word becomes so many tokens.
     pub vectors: Tensor,
 }
 
@@ -80,12 +80,19 @@ impl Adapter {
 
     /// Bytes its tensors take in host memory.
     pub fn bytes(&self) -> usize {
-        let deltas: usize = self.deltas.values().map(Delta::bytes).sum();
-        let rows: usize = self
-            .embeddings
-            .iter()
-            .map(|e| e.vectors.elem_count() * e.vectors.dtype().size_in_bytes())
-            .sum();
-        deltas + rows
+        let deltas = self.deltas.values().flat_map(Delta::tensors);
+        numbers::bytes(deltas.chain(self.embeddings.iter().map(|word| &word.vectors)))
+    }
+
+    /// The same with every tensor in f32.
+    pub(super) fn wide(&self) -> Result<Self> {
+        let mut wide = self.clone();
+        for delta in wide.deltas.values_mut() {
+            *delta = delta.wide()?;
+        }
+        for word in &mut wide.embeddings {
+            word.vectors = delta::wide(&word.vectors)?;
+        }
+        Ok(wide)
     }
 }

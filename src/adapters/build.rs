@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use super::{
     AdapterError, Axis, Block, Change, Delta, Factors, LowRank, Magnitude, alphas::Alpha,
-    file::AdapterFile, roles::Role,
+    delta::wide, file::AdapterFile, numbers::Numbers, roles::Role,
 };
 use crate::models::{Site, SiteKind, header::Entry};
 
@@ -23,6 +23,7 @@ pub(super) struct Group<'a> {
 /// A group while its tensors are taken out of it.
 struct Taking<'a> {
     file: &'a AdapterFile,
+    numbers: &'a Numbers,
     site: &'a Site,
     parts: BTreeMap<Role, (&'a str, &'a Entry)>,
     /// The key that stands for the group in errors.
@@ -43,6 +44,7 @@ struct Sides {
 /// `header` is the scale that the header gives, which a tensor of the group's own goes before.
 pub(super) fn delta(
     file: &AdapterFile,
+    numbers: &Numbers,
     group: Group,
     header: Alpha,
 ) -> Result<Delta, AdapterError> {
@@ -50,6 +52,7 @@ pub(super) fn delta(
     let first = parts.values().next().map_or("", |(key, _)| *key);
     let mut take = Taking {
         file,
+        numbers,
         site,
         parts,
         first,
@@ -112,11 +115,14 @@ impl<'a> Taking<'a> {
         let change = if has(Role::Down) || has(Role::Up) {
             let low = self.low_rank(&sides, alpha)?;
             if let Some(of_up) = self.optional(Role::UpBias, &[sides.out])? {
-                let scaled = (of_up * low.scale).map_err(|source| self.tensor_error(source))?;
-                bias = Some(match bias {
-                    Some(bias) => (bias + scaled).map_err(|source| self.tensor_error(source))?,
-                    None => scaled,
+                let sum = wide(&of_up).and_then(|of_up| {
+                    let scaled = (of_up * low.scale)?;
+                    match &bias {
+                        Some(bias) => wide(bias)? + scaled,
+                        None => Ok(scaled),
+                    }
                 });
+                bias = Some(sum.map_err(|source| self.tensor_error(source))?);
             }
             Some(Change::LowRank(low))
         } else if has(Role::HadaW1A) {
@@ -153,7 +159,7 @@ impl<'a> Taking<'a> {
         // The core of a linear map is one more factor; left alone it would be written as a kernel.
         let (down, mid) = match sides.kernel.is_empty() {
             true => {
-                let product = mid.flatten_from(1).and_then(|mid| mid.matmul(&down));
+                let product = wide(&mid).and_then(|mid| mid.flatten_from(1)?.matmul(&wide(&down)?));
                 (product.map_err(|source| self.tensor_error(source))?, None)
             }
             false => (down, Some(mid)),
@@ -269,7 +275,7 @@ impl<'a> Taking<'a> {
         if !(long == [n] || (n == 1 && long.is_empty())) {
             return Err(self.shape(key, entry.shape.clone(), format!("{n} numbers")));
         }
-        self.file.tensor(key, entry, &[n])
+        self.numbers.tensor(key, entry, &[n])
     }
 
     /// Two factors and, if it is there, their core.
@@ -334,7 +340,7 @@ impl<'a> Taking<'a> {
         if core(&entry.shape) != core(shape) {
             return Err(self.shape(key, entry.shape.clone(), format!("{shape:?}")));
         }
-        self.file.tensor(key, entry, shape).map(Some)
+        self.numbers.tensor(key, entry, shape).map(Some)
     }
 
     fn missing(&self, role: Role) -> AdapterError {

@@ -24,7 +24,8 @@ impl Adapter {
             .iter()
             .map(|site| (&*site.name, &site.weight_shape[..]))
             .collect();
-        for ((site, ours), theirs) in self.deltas.iter().zip(other.deltas.values()) {
+        let (ours, theirs) = (self.wide()?, other.wide()?);
+        for ((site, ours), theirs) in ours.deltas.iter().zip(theirs.deltas.values()) {
             let Some(shape) = shapes.get(&**site) else {
                 return Ok(Some(format!("the model has no `{site}`")));
             };

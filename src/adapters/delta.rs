@@ -5,7 +5,8 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-/// What an adapter does to the weight and bias of one site. Every tensor is f32 on the CPU.
+/// What an adapter does to the weight and bias of one site. Every tensor is on the CPU, in the type
+/// its file had; whatever is computed is computed in f32.
 ///
 /// At strength `m` the weight is `W + m·(W' − W)`, where `W' = W + ΔW` or, with a magnitude, that
 /// sum with its rows or columns brought to given lengths (DoRA, Liu et al. 2024).
@@ -96,7 +97,7 @@ impl Delta {
     pub fn weight(&self, shape: &[usize]) -> Result<Option<Tensor>> {
         match (&self.change, &self.magnitude) {
             (_, Some(_)) | (Some(Change::Gain { .. }), None) => Ok(None),
-            (Some(change), None) => change.compose(shape).map(Some),
+            (Some(change), None) => change.map(wide)?.compose(shape).map(Some),
             (None, None) => Tensor::zeros(shape, DType::F32, &candle_core::Device::Cpu).map(Some),
         }
     }
@@ -118,7 +119,10 @@ impl Delta {
                 let values = axis.beside(&values.to_dtype(DType::F64)?, base.rank())?;
                 Some(base.broadcast_mul(&values)?)
             }
-            Some(change) => Some(change.compose(base.dims())?.to_dtype(DType::F64)?),
+            Some(change) => {
+                let weight = change.map(wide)?.compose(base.dims())?;
+                Some(weight.to_dtype(DType::F64)?)
+            }
             None => None,
         };
         let sum = match &change {
@@ -138,22 +142,70 @@ impl Delta {
         delta.to_dtype(DType::F32)
     }
 
-    /// Bytes the factors take.
-    pub fn bytes(&self) -> usize {
-        let tensors = self
-            .change
-            .iter()
-            .flat_map(Change::tensors)
+    /// The same with every tensor in f32.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn wide(&self) -> Result<Self> {
+        let magnitude = |m: &Magnitude| {
+            Ok::<_, candle_core::Error>(Magnitude {
+                values: wide(&m.values)?,
+                axis: m.axis,
+            })
+        };
+        Ok(Self {
+            change: self.change.as_ref().map(|c| c.map(wide)).transpose()?,
+            magnitude: self.magnitude.as_ref().map(magnitude).transpose()?,
+            bias: self.bias.as_ref().map(wide).transpose()?,
+        })
+    }
+
+    pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let change = self.change.iter().flat_map(Change::tensors);
+        change
             .chain(self.magnitude.iter().map(|m| &m.values))
-            .chain(&self.bias);
-        tensors
-            .map(|t| t.elem_count() * t.dtype().size_in_bytes())
-            .sum()
+            .chain(&self.bias)
     }
 }
 
+/// In f32, which every type of an adapter's file fits into.
+pub(super) fn wide(tensor: &Tensor) -> Result<Tensor> {
+    tensor.to_dtype(DType::F32)
+}
+
 impl Change {
-    /// `ΔW` in the given shape; a gain, which has none of its own, is an error.
+    /// The same change of other tensors.
+    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor> + Copy) -> Result<Self> {
+        let block = |block: &Block| match block {
+            Block::Whole(whole) => f(whole).map(Block::Whole),
+            Block::Product(factors) => factors.map(f).map(Block::Product),
+        };
+        Ok(match self {
+            Self::LowRank(low) => Self::LowRank(LowRank {
+                down: f(&low.down)?,
+                up: f(&low.up)?,
+                mid: low.mid.as_ref().map(f).transpose()?,
+                scale: low.scale,
+            }),
+            Self::Hadamard { left, right, scale } => Self::Hadamard {
+                left: left.map(f)?,
+                right: right.map(f)?,
+                scale: *scale,
+            },
+            Self::Kronecker { left, right, scale } => Self::Kronecker {
+                left: block(left)?,
+                right: block(right)?,
+                scale: *scale,
+            },
+            Self::Whole(weight) => Self::Whole(f(weight)?),
+            Self::Gain { values, axis } => Self::Gain {
+                values: f(values)?,
+                axis: *axis,
+            },
+        })
+    }
+
+    /// `ΔW` of f32 tensors in the given shape; a gain, which has none of its own, is an error.
     pub(super) fn compose(&self, shape: &[usize]) -> Result<Tensor> {
         match self {
             Self::LowRank(low) => low.compose(shape),
@@ -213,6 +265,14 @@ impl LowRank {
 }
 
 impl Factors {
+    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            a: f(&self.a)?,
+            b: f(&self.b)?,
+            core: self.core.as_ref().map(f).transpose()?,
+        })
+    }
+
     /// Rows of `b`.
     pub fn rank(&self) -> usize {
         self.b.dims()[0]

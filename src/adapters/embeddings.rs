@@ -1,6 +1,9 @@
 //! Words for the text encoder: textual inversion, alone or bundled with deltas.
 
-use super::{AdapterError, TokenEmbedding, file::AdapterFile, positions, roles, table::SiteTable};
+use super::{
+    AdapterError, TokenEmbedding, file::AdapterFile, numbers::Numbers, positions, roles,
+    table::SiteTable,
+};
 use crate::models::header::Entry;
 
 /// A1111's prefix of embeddings inside a LoRA: `bundle_emb.TOKEN.KEY`.
@@ -85,6 +88,7 @@ pub(super) fn stands_alone(word: &str) -> bool {
 /// Reads words and their vectors; `tokens` are the names of those that have none in the file.
 pub(super) fn read(
     file: &AdapterFile,
+    numbers: &Numbers,
     table: &SiteTable,
     words: &[(&str, &Entry, Option<&str>)],
     tokens: &[String],
@@ -92,7 +96,7 @@ pub(super) fn read(
     let mut embeddings: Vec<TokenEmbedding> = Vec::new();
     let mut keys: Vec<&str> = Vec::new();
     for (key, entry, name) in words {
-        for embedding in word(file, table, key, entry, *name, tokens)? {
+        for embedding in word(file, numbers, table, (key, entry), *name, tokens)? {
             check_token(&embedding.token).map_err(|reason| file.fault(key, reason))?;
             if let Some(at) = embeddings.iter().position(|e| e.token == embedding.token) {
                 return Err(AdapterError::Duplicate {
@@ -120,9 +124,9 @@ pub(super) fn read(
 /// One key's vectors: under its own name, or shared out among the names given.
 fn word(
     file: &AdapterFile,
+    numbers: &Numbers,
     table: &SiteTable,
-    key: &str,
-    entry: &Entry,
+    (key, entry): (&str, &Entry),
     name: Option<&str>,
     tokens: &[String],
 ) -> Result<Vec<TokenEmbedding>, AdapterError> {
@@ -148,7 +152,7 @@ fn word(
         Some(name) => vec![name],
         None => tokens.iter().map(String::as_str).collect(),
     };
-    let vectors = file.tensor(key, entry, &[n, width])?;
+    let vectors = numbers.tensor(key, entry, &[n, width])?;
     match names[..] {
         [token] => Ok(vec![TokenEmbedding {
             token: token.into(),
@@ -159,8 +163,7 @@ fn word(
             .iter()
             .enumerate()
             .map(|(i, token)| {
-                // A copy: a view would keep all rows in memory as long as one.
-                let row = vectors.narrow(0, i, 1).and_then(|row| row.copy());
+                let row = vectors.narrow(0, i, 1);
                 Ok(TokenEmbedding {
                     token: (*token).into(),
                     vectors: row.map_err(|source| AdapterError::Tensor {

@@ -1,6 +1,6 @@
-//! The tensors of one file, read one by one and never believed.
+//! The file of one adapter, which is never believed.
 
-use candle_core::{Device, Tensor};
+use std::borrow::Cow;
 
 use super::AdapterError;
 use crate::models::{
@@ -59,27 +59,9 @@ impl AdapterFile {
         }
     }
 
-    /// A tensor in f32, in the shape asked for, which has as many elements as the file's. The caller
-    /// has compared the shapes.
-    pub fn tensor(
-        &self,
-        key: &str,
-        entry: &Entry,
-        shape: &[usize],
-    ) -> Result<Tensor, AdapterError> {
-        let bytes = self.blob.read_at(entry.start, entry.len)?;
-        let values = to_f32(&bytes, entry.dtype, f32::MAX).map_err(|r| self.fault(key, r))?;
-        if let Some(at) = values.iter().position(|v| v.abs() > MAX_VALUE) {
-            let reason = format!(
-                "element {at} is {:e}; no adapter needs more than {MAX_VALUE:e}",
-                values[at]
-            );
-            return Err(self.fault(key, reason));
-        }
-        Tensor::from_vec(values, shape, &Device::Cpu).map_err(|source| AdapterError::Tensor {
-            site: key.into(),
-            source,
-        })
+    /// The bytes of a tensor.
+    pub fn bytes(&self, entry: &Entry) -> Result<Cow<'_, [u8]>, AdapterError> {
+        Ok(self.blob.read_at(entry.start, entry.len)?)
     }
 
     /// A single number of any type.
@@ -88,7 +70,7 @@ impl AdapterFile {
             let reason = format!("has shape {:?} and must be one number", entry.shape);
             return Err(self.fault(key, reason));
         }
-        let bytes = self.blob.read_at(entry.start, entry.len)?;
+        let bytes = self.bytes(entry)?;
         let number = match (entry.dtype, &*bytes) {
             (FileDType::F64, [a, b, c, d, e, f, g, h]) => {
                 f64::from_le_bytes([*a, *b, *c, *d, *e, *f, *g, *h])

@@ -113,6 +113,7 @@ impl Mixture {
         strength: f64,
         base: impl FnOnce() -> Result<Tensor>,
     ) -> Result<()> {
+        let delta = &delta.wide()?;
         if let Some(bias) = &delta.bias {
             plus(&mut self.bias, (bias * strength)?)?;
         }
@@ -280,7 +281,7 @@ mod tests {
                     true => share.unet,
                     false => share.text,
                 };
-                if let Some(bias) = &delta.bias {
+                if let Some(bias) = &delta.wide().unwrap().bias {
                     plus(&mut mixture.bias, (bias * strength).unwrap()).unwrap();
                 }
                 let weight = delta.weight_with(&modules.weight(index).unwrap()).unwrap();

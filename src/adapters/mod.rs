@@ -33,6 +33,7 @@ mod error;
 mod family;
 mod file;
 mod mix;
+mod numbers;
 mod positions;
 mod read;
 mod roles;

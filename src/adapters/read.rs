@@ -14,6 +14,7 @@ use super::{
     build::{self, Group},
     embeddings::{self, Word},
     file::AdapterFile,
+    numbers::Numbers,
     positions,
     roles::Role,
 };
@@ -124,6 +125,14 @@ fn read(blob: Blob, table: &SiteTable, options: &ReadOptions) -> Result<Adapter,
         }
     }
 
+    let parts = groups.values().flat_map(|group| &group.parts);
+    let parts = parts
+        .filter(|(role, _)| !role.is_single())
+        .map(|(_, part)| *part);
+    let numbers = Numbers::read(
+        &file,
+        parts.chain(words.iter().map(|(key, entry, _)| (*key, *entry))),
+    )?;
     let mut deltas: BTreeMap<Arc<str>, Delta> = BTreeMap::new();
     for (name, group) in groups {
         if group.parts.keys().all(|role| *role == Role::Alpha) {
@@ -135,9 +144,9 @@ fn read(blob: Blob, table: &SiteTable, options: &ReadOptions) -> Result<Adapter,
             true => alphas.of(&name),
             false => Alpha::default(),
         };
-        deltas.insert(name, build::delta(&file, group, header)?);
+        deltas.insert(name, build::delta(&file, &numbers, group, header)?);
     }
-    let embeddings = embeddings::read(&file, table, &words, &options.tokens)?;
+    let embeddings = embeddings::read(&file, &numbers, table, &words, &options.tokens)?;
     unmatched.sort();
     if deltas.is_empty() && embeddings.is_empty() {
         let sample: Vec<String> = unmatched

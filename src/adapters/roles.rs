@@ -123,6 +123,11 @@ pub(super) fn is_adapters(key: &str) -> bool {
 }
 
 impl Role {
+    /// Whether its tensor is a single number, of whatever type.
+    pub fn is_single(self) -> bool {
+        matches!(self, Self::Alpha | Self::OnInput)
+    }
+
     /// The end of its keys, as most dialects spell it.
     pub fn text(self) -> &'static str {
         SUFFIXES

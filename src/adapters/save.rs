@@ -44,18 +44,22 @@ impl Adapter {
         format: Format,
         extra: &BTreeMap<String, String>,
     ) -> Result<Vec<u8>, AdapterError> {
+        let wide = self.wide().map_err(|source| AdapterError::Tensor {
+            site: "the adapter".into(),
+            source,
+        })?;
         let mut metadata = self.metadata.clone();
         metadata.retain(|key, text| !of_form(key, text));
         let mut tensors = Tensors::new();
         match format {
             Format::Peft => {
-                let ranks = self.peft(&mut tensors)?;
+                let ranks = wide.peft(&mut tensors)?;
                 metadata.insert("format".into(), "pt".into());
                 metadata.insert(METADATA_KEY.into(), peft_config(&ranks));
             }
             Format::Kohya => {
-                self.kohya(&mut tensors)?;
-                metadata.extend(self.kohya_metadata());
+                wide.kohya(&mut tensors)?;
+                metadata.extend(wide.kohya_metadata());
             }
             Format::Embeddings => {
                 for word in &self.embeddings {

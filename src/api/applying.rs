@@ -1,5 +1,7 @@
 //! The adapters that a request names: its fields, and dressing the request with them.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -7,10 +9,11 @@ use utoipa::ToSchema;
 use super::{
     ApiError, AppState,
     fields::{Fields, wrong},
+    parameters::ImageParameters,
 };
 use crate::{
-    engine::{MixerError, OnMissing, WardrobeError},
-    pipeline::request::{AdapterChoice, ImageRequest},
+    engine::{MixerError, WardrobeError},
+    pipeline::request::{AdapterChoice, ImageRequest, MOST_STRENGTH},
     registry::RegistryError,
 };
 
@@ -96,10 +99,10 @@ fn element((index, value): (usize, Value)) -> Result<AdapterChoice, ApiError> {
     let mut number = |key: &str| match object.remove(key) {
         None | Some(Value::Null) => Ok(None),
         Some(value) => match value.as_f64() {
-            Some(number) => Ok(Some(number)),
-            None => Err(ApiError::field(
+            Some(number) if number.abs() <= MOST_STRENGTH => Ok(Some(number)),
+            _ => Err(ApiError::field(
                 at(&format!(".{key}")),
-                "must be a number; 1 is usual",
+                format!("must be a number from -{MOST_STRENGTH} to {MOST_STRENGTH}; 1 is usual"),
             )),
         },
     };
@@ -133,50 +136,70 @@ fn element((index, value): (usize, Value)) -> Result<AdapterChoice, ApiError> {
 pub(super) async fn dress(
     state: &AppState,
     request: &mut ImageRequest,
-    on_missing: OnMissing,
+    parameters: &ImageParameters,
     model: Option<&str>,
 ) -> Result<Vec<String>, ApiError> {
     if request.adapters.is_empty() {
         return Ok(Vec::new());
     }
-    let wardrobe = state.wardrobe()?;
+    let listed = &parameters.adapters;
+    let names: Vec<String> = request.adapters.iter().map(|c| c.name.clone()).collect();
+    let wardrobe = match state.wardrobe() {
+        Err(error @ ApiError::NoAdapters) => return Err(error.of(field(0, listed, model))),
+        wardrobe => wardrobe?,
+    };
     let no_such_model = |name: &str| -> ApiError {
         match state.painter() {
             Ok(painter) => super::models::no_such_model(name, painter.info()),
             Err(loading) => loading,
         }
     };
-    match wardrobe.dress(request, on_missing).await {
+    match wardrobe.dress(request, parameters.on_missing_adapter).await {
         Ok(missing) => match model {
             Some(model) if missing.iter().any(|name| name == model) => Err(no_such_model(model)),
             _ => Ok(missing),
         },
-        Err(WardrobeError::Registry(RegistryError::NotFound { name, .. }))
-            if model == Some(name.as_str()) =>
-        {
-            Err(no_such_model(name.as_str()))
+        Err(WardrobeError::Adapter {
+            error: RegistryError::NotFound { name, .. },
+            ..
+        }) if model == Some(name.as_str()) => Err(no_such_model(name.as_str())),
+        Err(WardrobeError::Adapter { index, error }) => {
+            Err(ApiError::from(error).of(field(index, listed, model)))
         }
-        Err(error) => Err(error.into()),
+        Err(WardrobeError::Mixer(error)) => {
+            let other = match &error {
+                MixerError::TwoMeanings { other, .. } => other.as_str(),
+                _ => "",
+            };
+            let index = names.iter().rposition(|name| name == other);
+            let field = field(index.unwrap_or_default(), listed, model);
+            Err(mixer_error(error, field))
+        }
     }
 }
 
-impl From<WardrobeError> for ApiError {
-    fn from(error: WardrobeError) -> Self {
-        match error {
-            WardrobeError::Registry(error) => error.into(),
-            WardrobeError::Mixer(error @ MixerError::TwoMeanings { .. }) => {
-                Self::field("adapters", error.to_string())
-            }
-            WardrobeError::Mixer(MixerError::NoRoom { needed, room }) => Self::NoRoom {
-                message: format!(
-                    "the adapters of this request need {needed} bytes of the device's budget of {}, \
-                     of which {} are in use; try again, name fewer, or raise \
-                     --device-adapter-memory",
-                    room.budget, room.held
-                ),
-            },
-            WardrobeError::Mixer(error) => Self::Internal(error.to_string()),
-        }
+/// The field that names a request's adapter: that of `model` comes first, unless it is in the list too;
+/// then the list; then the prompt's tags.
+fn field(index: usize, listed: &[AdapterChoice], model: Option<&str>) -> Cow<'static, str> {
+    let ahead = model.is_some_and(|model| listed.iter().all(|choice| choice.name != model));
+    match index.checked_sub(ahead.into()) {
+        None => "model".into(),
+        Some(index) if index < listed.len() => format!("adapters[{index}].name").into(),
+        Some(_) => "prompt".into(),
+    }
+}
+
+fn mixer_error(error: MixerError, field: Cow<'static, str>) -> ApiError {
+    match error {
+        MixerError::TwoMeanings { .. } => ApiError::field(field, error.to_string()),
+        MixerError::NoRoom { needed, room } => ApiError::NoRoom {
+            message: format!(
+                "the adapters of this request need {needed} bytes of the device's budget of {}, of \
+                 which {} are in use; try again, name fewer, or raise --device-adapter-memory",
+                room.budget, room.held
+            ),
+        },
+        error => ApiError::Internal(error.to_string()),
     }
 }
 
@@ -230,6 +253,10 @@ mod tests {
             (json!([{"name": 1}]), "adapters[0].name"),
             (json!([{"name": "a", "scale": "x"}]), "adapters[0].scale"),
             (json!([{"name": "a", "strength": 1}]), "adapters[0]"),
+            (
+                json!(["a", {"name": "b", "text_scale": 101}]),
+                "adapters[1].text_scale",
+            ),
         ] {
             let error = read(&mut fields(value.clone())).unwrap_err();
             assert_eq!(error.param(), Some(param), "{value}");

@@ -65,6 +65,12 @@ pub enum ApiError {
     LoraLoadingOff,
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// Any of these that a field of the request brought about.
+    #[error("{error}")]
+    Of {
+        field: Cow<'static, str>,
+        error: Box<ApiError>,
+    },
     #[error("the queue is full; try again in {} s", seconds(*retry_after))]
     QueueFull { retry_after: Duration },
     #[error("the model is still loading; try again in {} s", seconds(COME_BACK))]
@@ -103,6 +109,7 @@ impl ApiError {
         const SERVER: &str = "server_error";
         let (status, kind, code) = match self {
             Registry(error) => return refusals::row(error),
+            Of { error, .. } => return error.row(),
             BrokenJson { .. } => (StatusCode::BAD_REQUEST, INVALID, "invalid_json"),
             BrokenForm(_) => (StatusCode::BAD_REQUEST, INVALID, "invalid_multipart"),
             BrokenBody => (StatusCode::BAD_REQUEST, INVALID, "incomplete_body"),
@@ -147,10 +154,16 @@ impl ApiError {
         }
     }
 
+    /// The same, as the doing of a field.
+    pub(super) fn of(self, field: impl Into<Cow<'static, str>>) -> Self {
+        let (field, error) = (field.into(), Box::new(self));
+        Self::Of { field, error }
+    }
+
     /// The field at fault, where there is one.
     pub fn param(&self) -> Option<&str> {
         match self {
-            Self::InvalidField { field, .. } => Some(field),
+            Self::InvalidField { field, .. } | Self::Of { field, .. } => Some(field),
             Self::BrokenJson { field, .. } => field.as_deref(),
             Self::UnsupportedMediaType { .. } => Some("Content-Type"),
             Self::NoSuchModel { .. } => Some("model"),
@@ -164,6 +177,7 @@ impl ApiError {
         match self {
             Self::QueueFull { retry_after } => Some(*retry_after),
             Self::Registry(error) => refusals::retry_after(error),
+            Self::Of { error, .. } => error.retry_after(),
             Self::Loading | Self::Draining | Self::Broken | Self::Cancelled => Some(COME_BACK),
             _ => None,
         }
@@ -174,6 +188,7 @@ impl ApiError {
         match self {
             Self::Internal(_) => INTERNAL.into(),
             Self::Registry(error) => refusals::message(error),
+            Self::Of { error, .. } => error.client_message(),
             other => other.to_string(),
         }
     }
@@ -194,6 +209,7 @@ impl ApiError {
     /// Writes what the client is not told to the log; the request's span adds its id.
     pub fn log(&self) {
         match self {
+            Self::Of { error, .. } => error.log(),
             Self::Internal(cause) => tracing::error!(cause, "request failed"),
             Self::Registry(error) if refusals::is_secret(error) => {
                 tracing::error!(%error, "request failed");

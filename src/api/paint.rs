@@ -209,12 +209,7 @@ pub(super) async fn answer(
     }
     let started = Instant::now();
     let limit = state.settings().paint_timeout;
-    let dressing = applying::dress(
-        state,
-        &mut request,
-        parameters.on_missing_adapter,
-        model.as_deref(),
-    );
+    let dressing = applying::dress(state, &mut request, &parameters, model.as_deref());
     let missing = time::timeout(limit, dressing)
         .await
         .map_err(|_| ApiError::TooSlow(limit))??;

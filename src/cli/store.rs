@@ -1,18 +1,12 @@
 //! The options about adapters, and opening the place they live in.
 
-use std::{
-    env,
-    path::{Path, PathBuf},
-    time::Duration,
-};
-
-use uuid::Uuid;
+use std::{env, path::Path, time::Duration};
 
 use super::{Failure, options::seconds};
 use crate::{
     config::InvalidOption,
     engine::{AdapterLoader, AdapterRegistry},
-    registry::{Registry, Settings, Store},
+    registry::{Registry, Settings, Store, fresh_staging},
 };
 
 /// Where adapters lie when the operator does not say.
@@ -90,7 +84,8 @@ impl StoreOptions {
 /// The store that the operator named, a folder or a bucket.
 pub(super) fn open_store(given: &str) -> Result<Store, Failure> {
     let store = match given.split_once("://") {
-        Some(("s3", _)) => Store::s3(given, staging()),
+        // Uploads are gathered on this machine first.
+        Some(("s3", _)) => Store::s3(given, fresh_staging(&env::temp_dir())),
         Some(_) => return Err(refuse("adapters", "must be a folder or s3://BUCKET/PREFIX").into()),
         None if given.is_empty() => {
             return Err(refuse("adapters", "is empty; give a folder").into());
@@ -135,9 +130,4 @@ impl Place {
             tokio::time::sleep(Duration::from_secs(seconds)).await;
         }
     }
-}
-
-/// Where uploads to an object store are gathered: a folder nobody else can have made before.
-fn staging() -> PathBuf {
-    env::temp_dir().join(format!("lorikeet-uploads-{}", Uuid::new_v4()))
 }

@@ -12,7 +12,7 @@ use crate::{
     adapters::{Adapter, MixError, Share, mix},
     models::Modules,
     pipeline::{Mixture, Word},
-    registry::{Generation, NoRoom, Resident, Tier, Usage},
+    registry::{AdapterName, Follower, Generation, NoRoom, Resident, Tier, Usage},
 };
 
 /// Mixtures that share a lock share a wait, seldom.
@@ -56,6 +56,9 @@ pub enum MixerError {
 /// What is kept is the mixture and not the adapter, since strengths are folded into the factors:
 /// pictures with the same adapters at the same strengths share one. It is made off the device thread,
 /// once however many requests wait for it.
+///
+/// A mixture goes when it is the oldest and room is wanted, or as soon as nobody uses it once one of
+/// its adapters was unloaded, replaced or deleted. That of a pinned adapter alone, at strength 1, stays.
 #[derive(Debug)]
 pub struct Mixer {
     modules: Arc<Modules>,
@@ -133,6 +136,7 @@ impl Mixer {
         bytes += more;
         let mixture = Mixture {
             deltas: (!set.is_empty()).then(|| Arc::new(set)),
+            of: portions.iter().map(|portion| portion.generation).collect(),
             words,
             text_key: text_key(portions),
         };
@@ -164,9 +168,11 @@ impl Mixer {
                     }
                     None => {}
                 }
+                // A copy: a view would keep the whole adapter in memory.
                 let vectors = embedding
                     .vectors
-                    .to_device(&self.modules.device)
+                    .copy()
+                    .and_then(|vectors| vectors.to_device(&self.modules.device))
                     .and_then(|vectors| vectors.to_dtype(self.modules.dtype))
                     .map_err(|error| MixerError::Failed(error.to_string()))?;
                 bytes += (vectors.elem_count() * vectors.dtype().size_in_bytes()) as u64;
@@ -178,13 +184,34 @@ impl Mixer {
     }
 }
 
+impl Follower for Mixer {
+    fn retired(&self, generation: &Generation, name: &AdapterName) {
+        self.tier.retire(&plain(generation), name);
+        self.tier
+            .retire_if(|mixture| mixture.of.contains(generation));
+    }
+
+    fn pinned(&self, generation: &Generation, name: &AdapterName, pinned: bool) {
+        self.tier.pin(&plain(generation), name, pinned);
+    }
+}
+
 /// The identity of a mixture: what is in it, in its order, and how much of each.
 fn key<A>(portions: &[Portion<A>]) -> Generation {
+    identity(portions.iter().map(|p| (&p.generation, p.unet, p.text)))
+}
+
+/// The identity of an adapter alone, as much of it as it was trained for.
+fn plain(generation: &Generation) -> Generation {
+    identity([(generation, 1.0, 1.0)].into_iter())
+}
+
+fn identity<'a>(portions: impl Iterator<Item = (&'a Generation, f64, f64)>) -> Generation {
     let mut text = Vec::new();
-    for portion in portions {
-        text.extend_from_slice(portion.generation.to_string().as_bytes());
-        text.extend_from_slice(&portion.unet.to_bits().to_le_bytes());
-        text.extend_from_slice(&portion.text.to_bits().to_le_bytes());
+    for (generation, unet, of_text) in portions {
+        text.extend_from_slice(generation.to_string().as_bytes());
+        text.extend_from_slice(&unet.to_bits().to_le_bytes());
+        text.extend_from_slice(&of_text.to_bits().to_le_bytes());
     }
     Generation::of(&text)
 }

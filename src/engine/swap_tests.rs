@@ -6,14 +6,18 @@ use candle_core::{DType, Device};
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    Backend as _, Mixer, MixerError,
-    test_adapters::{adapter, portion},
+    AdapterLoader, Backend as _, Mixer, MixerError, Wardrobe,
+    test_adapters::{self, adapter, portion},
     tests,
 };
 use crate::{
-    adapters::{Adapter, Dialect, TokenEmbedding},
+    adapters::{Adapter, Dialect, Format, TokenEmbedding},
     models::{Model, ModelSource, Modules},
-    pipeline::{Pipeline, request::ImageRequest},
+    pipeline::{
+        Pipeline,
+        request::{AdapterChoice, ImageRequest},
+    },
+    registry::{AdapterName, Registry, Store},
 };
 
 fn demo() -> Model {
@@ -168,5 +172,99 @@ async fn what_cannot_be_mixed_is_said_and_mixes_nothing() {
             .words
             .len(),
         1
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mixtures_stay_and_go_with_their_adapters() {
+    let modules = demo().modules().clone();
+    let folder = tempfile::tempdir().unwrap();
+    let model = demo();
+    let loader = AdapterLoader::new(&model).unwrap();
+    let write = |name: &str, seed| {
+        let file = test_adapters::adapter(&modules, seed, 0.05);
+        let file = file.save(Format::Kohya, &Default::default()).unwrap();
+        std::fs::write(folder.path().join(format!("{name}.safetensors")), file).unwrap();
+    };
+    for (name, seed) in [("a", 2), ("b", 4), ("c", 6), ("d", 8)] {
+        write(name, seed);
+    }
+    let store = Store::folder(folder.path()).unwrap();
+    let registry = Registry::open(store, loader, Default::default())
+        .await
+        .unwrap();
+    let mixer = Arc::new(Mixer::new(modules.clone(), 1 << 30));
+    let wardrobe = Wardrobe::new(registry.clone(), mixer.clone());
+    let dress = async |names: &[(&str, f64)]| {
+        let mut request = tests::request(5, 2);
+        let choice = |(name, strength): &(&str, f64)| AdapterChoice {
+            name: (*name).into(),
+            unet: *strength,
+            text: *strength,
+            sha256: None,
+        };
+        request.adapters = names.iter().map(choice).collect();
+        wardrobe
+            .dress(&mut request, Default::default())
+            .await
+            .unwrap();
+        request.mixture.unwrap()
+    };
+    let name = |name: &str| AdapterName::new(name).unwrap();
+    let left = || mixer.usage().adapters;
+
+    for names in [
+        &[("a", 1.0)][..],
+        &[("a", 0.5)],
+        &[("a", 1.0), ("b", 1.0)],
+        &[("b", 1.0)],
+    ] {
+        dress(names).await;
+    }
+    assert_eq!(left(), 4);
+    assert!(registry.release(&name("a")).await.unwrap());
+    assert_eq!(left(), 1, "all with an unloaded adapter in them");
+
+    let painting = dress(&[("b", 1.0)]).await;
+    registry.delete(&name("b"), None).await.unwrap();
+    assert_eq!(left(), 1, "a picture is painted with it");
+    drop(painting);
+    assert_eq!(left(), 0);
+
+    dress(&[("c", 1.0)]).await;
+    write("c", 10);
+    registry.rescan().await.unwrap();
+    assert_eq!(left(), 0, "a file that was replaced by hand");
+
+    // Pinned before its mixture is there, and one that has no room beside it.
+    registry.pin(&name("d"), true).await.unwrap();
+    let kept = Arc::downgrade(&dress(&[("d", 1.0)]).await);
+    let bytes = mixer.usage().bytes;
+    let tight = Arc::new(Mixer::new(modules.clone(), bytes * 3 / 2));
+    let wardrobe = Wardrobe::new(registry.clone(), tight.clone());
+    let dress = async |strength: f64| {
+        let mut request = tests::request(5, 2);
+        let (unet, text) = (strength, strength);
+        let (name, sha256) = ("d".into(), None);
+        request.adapters = vec![AdapterChoice {
+            name,
+            unet,
+            text,
+            sha256,
+        }];
+        wardrobe.dress(&mut request, Default::default()).await
+    };
+    dress(1.0).await.unwrap();
+    let refused = dress(0.5).await.unwrap_err();
+    assert!(refused.to_string().contains("no room"), "{refused}");
+    assert_eq!(tight.usage().adapters, 1);
+    registry.pin(&name("d"), false).await.unwrap();
+    dress(0.5).await.unwrap();
+    assert_eq!(tight.usage().adapters, 1, "the other made room");
+    assert!(kept.strong_count() > 0);
+    registry.delete(&name("d"), None).await.unwrap();
+    assert_eq!(
+        (left(), tight.usage().adapters, kept.strong_count()),
+        (0, 0, 0)
     );
 }

@@ -61,14 +61,20 @@ pub enum OnMissing {
 /// Why a request's adapters cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum WardrobeError {
-    #[error(transparent)]
-    Registry(#[from] RegistryError),
+    #[error("{error}")]
+    Adapter {
+        /// Of the request's adapters.
+        index: usize,
+        error: RegistryError,
+    },
     #[error(transparent)]
     Mixer(#[from] MixerError),
 }
 
 impl Wardrobe {
+    /// From now on mixtures are kept, and go, as their adapters do.
     pub fn new(registry: AdapterRegistry, mixer: Arc<Mixer>) -> Self {
+        registry.follow(mixer.clone());
         Self {
             registry,
             mixer,
@@ -98,7 +104,7 @@ impl Wardrobe {
             self.registry.lease(&name).await
         }));
         let mut portions = Vec::new();
-        for (choice, lease) in choices.iter().zip(leases.await) {
+        for (index, (choice, lease)) in choices.iter().zip(leases.await).enumerate() {
             match lease {
                 Ok(lease) => {
                     request.adapters.push(AdapterChoice {
@@ -116,7 +122,7 @@ impl Wardrobe {
                 Err(RegistryError::NotFound { .. }) if on_missing == OnMissing::Ignore => {
                     missing.push(choice.name.clone());
                 }
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(WardrobeError::Adapter { index, error }),
             }
         }
         self.labels.count(&request.adapters);

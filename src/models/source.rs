@@ -110,7 +110,10 @@ impl Files {
                 )),
             });
         }
-        blob.read_at(0, blob.len as usize)
+        match blob.bytes {
+            Bytes::Static(bytes) => Ok(Cow::Borrowed(bytes)),
+            _ => Ok(blob.read_at(0, blob.len as usize)?.into_owned().into()),
+        }
     }
 
     pub fn text(&self, path: &str) -> Result<String, LoadError> {
@@ -154,8 +157,8 @@ impl Blob {
         }
     }
 
-    /// `len` bytes from `offset`.
-    pub fn read_at(&self, offset: u64, len: usize) -> Result<Cow<'static, [u8]>, LoadError> {
+    /// `len` bytes from `offset`, copied only from a file on disk.
+    pub fn read_at(&self, offset: u64, len: usize) -> Result<Cow<'_, [u8]>, LoadError> {
         let io = |source| LoadError::Io {
             file: self.label.clone(),
             source,
@@ -165,10 +168,7 @@ impl Blob {
         let short = || io(std::io::ErrorKind::UnexpectedEof.into());
         match &self.bytes {
             Bytes::Static(bytes) => bytes.get(range).map(Cow::Borrowed).ok_or_else(short),
-            Bytes::Owned(bytes) => bytes
-                .get(range)
-                .map(|bytes| Cow::Owned(bytes.to_vec()))
-                .ok_or_else(short),
+            Bytes::Owned(bytes) => bytes.get(range).map(Cow::Borrowed).ok_or_else(short),
             Bytes::File(file) => {
                 // A poisoned lock only means that another reader panicked: the file is intact,
                 // and every read seeks first.

@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use crate::models::DeltaSet;
+use crate::{models::DeltaSet, registry::Generation};
 
 /// A mixture of adapters, made ready for the model; shared by all requests that want the same.
 #[derive(Debug, Clone, Default)]
 pub struct Mixture {
     /// Absent where nothing is added to any site.
     pub deltas: Option<Arc<DeltaSet>>,
+    /// The adapters in it.
+    pub of: Vec<Generation>,
     /// Words that prompts may use.
     pub words: Vec<Word>,
     /// What an encoded prompt depends on: the adapters that change the text encoder or bring words,
@@ -28,7 +30,7 @@ pub struct Word {
 
 /// A part of a prompt's text.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Piece<'a> {
+pub(crate) enum Piece<'a> {
     Text(&'a str),
     /// By its index.
     Word(usize),
@@ -39,7 +41,7 @@ pub(super) enum Piece<'a> {
 /// A word that begins or ends with a letter or digit does not begin or end within another word:
 /// `fox` is not in `foxes`, but `<s1>` is in `a<s1>b`. (diffusers, which adds words to its tokenizer,
 /// would find it in both; AUTOMATIC1111, which compares tokens, in neither or one.)
-pub(super) fn find_words<'a>(text: &'a str, words: &[Word]) -> Vec<Piece<'a>> {
+pub(crate) fn find_words<'a>(text: &'a str, words: &[Word]) -> Vec<Piece<'a>> {
     let mut pieces = Vec::new();
     let (mut done, mut at) = (0, 0);
     while let Some(next) = text[at..].chars().next() {

@@ -31,8 +31,10 @@ use image::RgbImage;
 
 pub(crate) use mixture::has_word;
 pub use mixture::{Mixture, Word};
+pub(crate) use mixture::{Piece, find_words};
 pub use painting::Painting;
 use painting::{Guidance, Inpaint};
+pub(crate) use pixels::to_tensor;
 pub(crate) use tags::tag;
 
 use self::{

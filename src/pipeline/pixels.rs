@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use image::{GrayImage, RgbImage};
 
 /// A picture as `[1, h, w, 3]` in -1..1, f32.
-pub(super) fn to_tensor(image: &RgbImage, device: &Device) -> Result<Tensor> {
+pub(crate) fn to_tensor(image: &RgbImage, device: &Device) -> Result<Tensor> {
     let (width, height) = image.dimensions();
     let values: Vec<f32> = image
         .as_raw()

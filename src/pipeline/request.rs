@@ -22,7 +22,7 @@ const MAX_GUIDANCE: f64 = 100.0;
 /// Intermediate pictures per request: each costs a decode.
 pub const MAX_PREVIEWS: u32 = 16;
 /// Strengths beyond this, in either direction, are slips of the finger.
-pub(super) const MOST_STRENGTH: f64 = 100.0;
+pub(crate) const MOST_STRENGTH: f64 = 100.0;
 /// Adapters of one request.
 const MOST_ADAPTERS: usize = 32;
 

@@ -154,7 +154,7 @@ impl<L: Loader> Registry<L> {
             return Ok(false);
         }
         if let Some(generation) = entry.generation {
-            self.0.host.retire(&generation, name);
+            self.retire(&generation, name);
         }
         Ok(true)
     }
@@ -231,27 +231,26 @@ impl<L: Loader> Registry<L> {
         let name = entry.name.clone();
         let (registry, work) = (self.clone(), entry.clone());
         let made = tokio::task::spawn_blocking(move || {
-            let known = work.generation;
-            let generation = known.unwrap_or_else(|| Generation::of(&bytes));
-            // The same content under another name is here perhaps.
-            if let Some(resident) = registry.0.host.get(&generation) {
-                return (generation, Ok(resident));
-            }
-            let resident = registry
-                .0
-                .loader
-                .load(bytes, &work.manifest)
-                .map_err(|fault| fault.of(&work.name))
-                .and_then(|(value, size)| {
-                    let inserted = registry.0.host.insert(generation, value, size);
-                    inserted.map_err(|room| RegistryError::NoRoom {
-                        name: work.name.clone(),
-                        tier: registry.0.host.label(),
-                        needed: size,
-                        budget: room.budget,
-                        held: room.held,
-                    })
-                });
+            let load = |bytes| registry.0.loader.load(bytes, &work.manifest);
+            // The hash takes longer than all the rest, so it is computed beside it.
+            let (generation, loaded) = match work.generation {
+                Some(generation) => (generation, load(bytes)),
+                None => rayon::join(|| Generation::of(&bytes), || load(bytes.clone())),
+            };
+            // The same content may be here already, under another name: then that stays.
+            let resident =
+                loaded
+                    .map_err(|fault| fault.of(&work.name))
+                    .and_then(|(value, size)| {
+                        let inserted = registry.0.host.insert(generation, value, size);
+                        inserted.map_err(|room| RegistryError::NoRoom {
+                            name: work.name.clone(),
+                            tier: registry.0.host.label(),
+                            needed: size,
+                            budget: room.budget,
+                            held: room.held,
+                        })
+                    });
             (generation, resident)
         });
         let (generation, result) = match made.await {
@@ -286,7 +285,7 @@ impl<L: Loader> Registry<L> {
             pinned = now.manifest.pinned;
         });
         if let Ok(resident) = &result {
-            self.0.host.pin(&resident.generation, &name, pinned);
+            self.keep_in_memory(&resident.generation, &name, pinned);
             metrics::histogram!("lorikeet_adapter_load_seconds", "tier" => self.0.host.label())
                 .record(began.elapsed());
         }

@@ -45,6 +45,7 @@
 //! and size in a folder, the ETag elsewhere) is the same.
 
 mod error;
+mod follower;
 mod generation;
 mod index;
 mod keeper;
@@ -64,6 +65,7 @@ mod tests;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use error::RegistryError;
+pub use follower::Follower;
 pub use generation::{Generation, NotAGeneration};
 pub use index::Entry;
 pub use keeper::Keeper;
@@ -72,7 +74,7 @@ pub use manifest::{Base, Manifest, ManifestPatch};
 pub use name::{AdapterName, nearest};
 pub use query::{LARGEST_PAGE, Page, Query};
 pub use registry::{Download, Registry, Settings};
-pub use store::{Pieces, Seen, Staged, Store, StoreFault};
+pub use store::{Pieces, Seen, Staged, Store, StoreFault, fresh_staging};
 pub use tier::{NoRoom, Resident, Tier, Usage};
 pub use writing::{Admission, Published, PutPolicy};
 

@@ -15,6 +15,7 @@ use tokio::sync::{Mutex, MutexGuard, Semaphore};
 use super::{
     AdapterName, Entry, Generation, Loader, Page, Pieces, Query, RegistryError, Store, StoreFault,
     Tier, Usage,
+    follower::Followers,
     index::{Index, Read},
     lease::Flights,
     manifest, nearest,
@@ -71,6 +72,7 @@ pub(super) struct Inner<L: Loader> {
     pub settings: Settings,
     pub index: Index,
     pub host: Tier<L::Loaded>,
+    pub followers: Followers,
     pub flights: Flights<L::Loaded>,
     pub loads: Semaphore,
     rescan: Mutex<()>,
@@ -93,6 +95,7 @@ impl<L: Loader> Registry<L> {
             host: Tier::new("host", settings.host_bytes),
             loads: Semaphore::new(settings.loads.max(1)),
             index: Index::default(),
+            followers: Followers::default(),
             flights: DashMap::new(),
             rescan: Mutex::default(),
             locks: std::array::from_fn(|_| Mutex::default()),
@@ -150,10 +153,10 @@ impl<L: Loader> Registry<L> {
             .collect();
         let applied = index.apply(&listing, fresh);
         for (name, generation) in &applied.retired {
-            self.0.host.retire(generation, name);
+            self.retire(generation, name);
         }
         for (generation, name, pinned) in &pins {
-            self.0.host.pin(generation, name, *pinned);
+            self.keep_in_memory(generation, name, *pinned);
         }
         for (file, reason) in applied.skipped.iter().flatten() {
             tracing::warn!(file, reason, "not served as an adapter");
@@ -340,10 +343,10 @@ impl<L: Loader> Registry<L> {
         let pinned = entry.as_ref().is_some_and(|entry| entry.manifest.pinned);
         let before = self.0.index.set(name, entry).and_then(|e| e.generation);
         if let Some(before) = before.filter(|_| before != now) {
-            self.0.host.retire(&before, name);
+            self.retire(&before, name);
         }
         if let Some(now) = now {
-            self.0.host.pin(&now, name, pinned);
+            self.keep_in_memory(&now, name, pinned);
         }
         self.count();
     }

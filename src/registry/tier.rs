@@ -48,6 +48,10 @@ pub struct Tier<T> {
 #[derive(Debug)]
 struct State<T> {
     slots: HashMap<Generation, Slot<T>>,
+    /// Whose pins keep what, here or still to come.
+    pins: HashMap<Generation, BTreeSet<AdapterName>>,
+    /// What leaves with its last use.
+    retired: Vec<Generation>,
     used: u64,
     /// Counts uses, in place of a clock.
     now: u64,
@@ -57,14 +61,13 @@ struct State<T> {
 struct Slot<T> {
     resident: Arc<Resident<T>>,
     last_use: u64,
-    pinned_by: BTreeSet<AdapterName>,
 }
 
 impl<T> Slot<T> {
     /// New references are made under the tier's lock or of another reference only, so under the
     /// lock a count of one stays one.
-    fn idle(&self) -> bool {
-        self.pinned_by.is_empty() && Arc::strong_count(&self.resident) == 1
+    fn unused(&self) -> bool {
+        Arc::strong_count(&self.resident) == 1
     }
 }
 
@@ -73,6 +76,8 @@ impl<T> Tier<T> {
     pub fn new(label: &'static str, budget: u64) -> Self {
         let state = State {
             slots: HashMap::new(),
+            pins: HashMap::new(),
+            retired: Vec::new(),
             used: 0,
             now: 0,
         };
@@ -102,7 +107,9 @@ impl<T> Tier<T> {
         let now = state.now;
         let slot = state.slots.get_mut(generation)?;
         slot.last_use = now;
-        Some(slot.resident.clone())
+        let resident = slot.resident.clone();
+        self.sweep(state);
+        Some(resident)
     }
 
     /// Whether it is here, without using it.
@@ -133,8 +140,8 @@ impl<T> Tier<T> {
         if let Some(slot) = state.slots.get(&generation) {
             return Ok(slot.resident.clone());
         }
-        let idle = state.slots.values().filter(|slot| slot.idle());
-        let held = state.used - idle.map(|slot| slot.resident.bytes).sum::<u64>();
+        let idle = state.idle();
+        let held = state.used - idle.map(|(_, slot)| slot.resident.bytes).sum::<u64>();
         if held.saturating_add(bytes) > self.budget {
             return Err(NoRoom {
                 budget: self.budget,
@@ -142,7 +149,7 @@ impl<T> Tier<T> {
             });
         }
         while state.used.saturating_add(bytes) > self.budget {
-            let idle = state.slots.iter().filter(|(_, slot)| slot.idle());
+            let idle = state.idle();
             let Some((&oldest, _)) = idle.min_by_key(|(_, slot)| slot.last_use) else {
                 // A lease cannot appear under the lock; should one, the account stays right.
                 return Err(NoRoom {
@@ -158,39 +165,69 @@ impl<T> Tier<T> {
         let slot = Slot {
             resident: resident.clone(),
             last_use,
-            pinned_by: BTreeSet::new(),
         };
         state.slots.insert(generation, slot);
         self.account(&state, evicted.len());
+        self.sweep(state);
         Ok(resident)
     }
 
-    /// Keeps an adapter here whatever comes, or no longer; pins are counted by name.
+    /// Keeps an adapter here whatever comes, once it is here, or no longer; pins are counted by name.
     pub fn pin(&self, generation: &Generation, name: &AdapterName, pinned: bool) {
-        if let Some(slot) = self.lock().slots.get_mut(generation) {
-            match pinned {
-                true => slot.pinned_by.insert(name.clone()),
-                false => slot.pinned_by.remove(name),
-            };
+        let mut state = self.lock();
+        match pinned {
+            true => {
+                let pins = state.pins.entry(*generation).or_default();
+                pins.insert(name.clone());
+            }
+            false => state.unpin(generation, name),
         }
     }
 
-    /// `name` no longer means this generation: it goes now if it is idle, else as any other does.
+    /// `name` no longer means this generation: it goes now if it is idle, else with its last use.
     pub fn retire(&self, generation: &Generation, name: &AdapterName) {
         let mut state = self.lock();
-        let Some(slot) = state.slots.get_mut(generation) else {
+        state.unpin(generation, name);
+        state.retired.push(*generation);
+        self.sweep(state);
+    }
+
+    /// All of which this is true are to go as if they were retired.
+    pub fn retire_if(&self, gone: impl Fn(&T) -> bool) {
+        let mut state = self.lock();
+        let here = state.slots.iter();
+        let gone = here.filter(|(_, slot)| gone(&slot.resident.value));
+        let gone: Vec<Generation> = gone.map(|(generation, _)| *generation).collect();
+        state.retired.extend(gone);
+        self.sweep(state);
+    }
+
+    /// Lets go of what is retired and no longer in use.
+    fn sweep(&self, mut state: MutexGuard<State<T>>) {
+        if state.retired.is_empty() {
             return;
-        };
-        slot.pinned_by.remove(name);
-        if slot.idle() {
-            let gone = state.remove(generation);
-            self.account(&state, 0);
-            drop(state);
-            drop(gone);
         }
+        let mut gone = Vec::new();
+        for generation in std::mem::take(&mut state.retired) {
+            match state.slots.get(&generation) {
+                // As long as another name pins it, it is that one's.
+                Some(slot) if !slot.unused() || state.pins.contains_key(&generation) => {
+                    state.retired.push(generation);
+                }
+                Some(_) => gone.extend(state.remove(&generation)),
+                None => {}
+            }
+        }
+        state.retired.sort_unstable();
+        state.retired.dedup();
+        self.account(&state, 0);
+        // Large buffers are given back outside the lock.
+        drop(state);
+        drop(gone);
     }
 
     pub fn usage(&self) -> Usage {
+        self.sweep(self.lock());
         let state = self.lock();
         Usage {
             adapters: state.slots.len(),
@@ -208,6 +245,23 @@ impl<T> Tier<T> {
 }
 
 impl<T> State<T> {
+    /// What may be put out.
+    fn idle(&self) -> impl Iterator<Item = (&Generation, &Slot<T>)> {
+        let idle = |(generation, slot): &(&Generation, &Slot<T>)| {
+            slot.unused() && !self.pins.contains_key(*generation)
+        };
+        self.slots.iter().filter(idle)
+    }
+
+    fn unpin(&mut self, generation: &Generation, name: &AdapterName) {
+        if let Some(pins) = self.pins.get_mut(generation) {
+            pins.remove(name);
+            if pins.is_empty() {
+                self.pins.remove(generation);
+            }
+        }
+    }
+
     fn remove(&mut self, generation: &Generation) -> Option<Slot<T>> {
         let slot = self.slots.remove(generation)?;
         self.used -= slot.resident.bytes;
@@ -288,8 +342,37 @@ mod tests {
         tier.retire(&generation(1), &name);
         assert_eq!((lease.value, tier.usage().bytes), (1, 10));
         drop(lease);
-        tier.retire(&generation(1), &name);
         assert_eq!(tier.usage().bytes, 0);
+    }
+
+    #[test]
+    fn a_pin_holds_what_comes_after_it_and_outlives_another_names_farewell() {
+        let (one, other) = (
+            AdapterName::new("a").unwrap(),
+            AdapterName::new("b").unwrap(),
+        );
+        let tier = Tier::new("test", 20);
+        tier.pin(&generation(1), &one, true);
+        tier.insert(generation(1), 1, 10).unwrap();
+        tier.insert(generation(2), 2, 10).unwrap();
+        tier.retire(&generation(1), &other);
+        tier.insert(generation(3), 3, 10).unwrap();
+        let here: Vec<u8> = (1..=3).filter(|&n| tier.contains(&generation(n))).collect();
+        assert_eq!(here, [1, 3]);
+        tier.retire(&generation(1), &one);
+        assert!(!tier.contains(&generation(1)));
+    }
+
+    #[test]
+    fn what_is_retired_by_what_it_is_goes_and_the_rest_stays() {
+        let tier = filled(30, &[1, 2, 3]);
+        let lease = tier.get(&generation(3)).unwrap();
+        tier.retire_if(|value| *value != 2);
+        assert!(!tier.contains(&generation(1)));
+        assert!(tier.contains(&generation(2)) && tier.contains(&generation(3)));
+        drop(lease);
+        tier.get(&generation(2)).unwrap();
+        assert!(!tier.contains(&generation(3)), "it leaves at the next look");
     }
 
     proptest! {

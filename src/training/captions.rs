@@ -1,7 +1,5 @@
 //! From a caption to token ids.
 
-use candle_core::Tensor;
-
 use crate::{
     models::{Model, Tokenizer},
     pipeline::{Piece, Word, find_words},
@@ -33,12 +31,4 @@ pub(super) fn ids(model: &Model, caption: &str, words: &[Word]) -> candle_core::
     ids.push(tokenizer.eos());
     ids.resize(tokenizer.max_length(), tokenizer.pad());
     Ok(ids)
-}
-
-/// A word as captions need it: how many rows it has.
-pub(super) fn word(token: &str, vectors: &Tensor) -> Word {
-    Word {
-        token: token.into(),
-        vectors: vectors.clone(),
-    }
 }

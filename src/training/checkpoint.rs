@@ -33,8 +33,6 @@ pub(super) struct Head {
     /// SHA-256 of what the run is: options, model, pictures.
     pub run: String,
     pub smoothed_loss: Option<f64>,
-    pub best_held_out: Option<f64>,
-    pub without_best: u32,
 }
 
 /// Why a checkpoint cannot be gone on from.
@@ -93,7 +91,11 @@ impl Checkpoint {
                 optimizer.insert(name.to_owned(), StateTensor::from(view));
             }
         }
-        Ok(Self { head, values, optimizer })
+        Ok(Self {
+            head,
+            values,
+            optimizer,
+        })
     }
 }
 
@@ -112,8 +114,6 @@ mod tests {
                 step: 7,
                 run: "abc".into(),
                 smoothed_loss: Some(0.1 + 0.2),
-                best_held_out: None,
-                without_best: 2,
             },
             values: BTreeMap::from([
                 ("a.lora_A.weight".into(), (vec![2, 1], vec![1.5, -0.0])),

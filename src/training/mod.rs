@@ -4,6 +4,8 @@
 //! [`DeltaSet`](crate::models::DeltaSet), and the ways back are those of [`ops`](crate::ops). No weight of
 //! the base is ever a variable.
 
+mod captions;
+mod checkpoint;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
@@ -12,9 +14,14 @@ pub mod objective;
 pub mod optimizer;
 pub mod options;
 pub mod order;
+mod painting;
 pub mod random;
+mod run;
+mod start;
 mod step;
 mod trainable;
 
-pub use step::{Passage, Rates, StepError, gradients, update};
+pub use checkpoint::CheckpointError;
+pub use run::{Report, Run, RunError, Sample, Slice};
+pub use step::{Captions, Passage, Rates, StepError, gradients, update};
 pub use trainable::{Parameter, Part, Trainable};

@@ -10,7 +10,7 @@ use crate::{
         Mixture, Pipeline, PipelineError, Word,
         request::{Limits, RequestDraft},
     },
-    registry::Resident,
+    registry::{Generation, Resident},
 };
 
 /// One picture, with the model's own steps, scheduler and guidance, under `adapter`.
@@ -36,12 +36,14 @@ pub(super) fn paint(
         field: error.field,
         message: error.message,
     })?;
-    request.mixture = adapter.map(|adapter| mixture(pipeline, adapter)).transpose()?;
+    request.mixture = adapter
+        .map(|adapter| mixture(pipeline, adapter))
+        .transpose()?;
     let mut paintings = pipeline.begin(&request)?;
     let Some(painting) = paintings.first_mut() else {
         return Err(candle_core::Error::Msg("the pipeline began no picture".into()).into());
     };
-    while painting.done() < painting.of() {
+    while painting.progress().0 < painting.progress().1 {
         let predictions = pipeline.predict(&[&*painting])?;
         for prediction in predictions {
             pipeline.advance(painting, &prediction);
@@ -51,19 +53,38 @@ pub(super) fn paint(
 }
 
 /// The adapter as the pipeline takes it.
-fn mixture(pipeline: &Pipeline, adapter: &Adapter) -> Result<Arc<Resident<Mixture>>, PipelineError> {
+fn mixture(
+    pipeline: &Pipeline,
+    adapter: &Adapter,
+) -> Result<Arc<Resident<Mixture>>, PipelineError> {
     let modules = pipeline.model().modules();
-    let share = Share { adapter, unet: 1.0, text: 1.0 };
+    let share = Share {
+        adapter,
+        unet: 1.0,
+        text: 1.0,
+    };
     let (set, bytes) = mix(modules, &[share]).map_err(candle_core::Error::wrap)?;
     let words = adapter.embeddings.iter().map(|word| {
-        let vectors = word.vectors.to_device(&modules.device)?.to_dtype(modules.dtype)?;
-        Ok(Word { token: word.token.clone(), vectors })
+        let vectors = word
+            .vectors
+            .to_device(&modules.device)?
+            .to_dtype(modules.dtype)?;
+        Ok(Word {
+            token: word.token.clone(),
+            vectors,
+        })
     });
     let mixture = Mixture {
         deltas: (!set.is_empty()).then(|| Arc::new(set)),
         words: words.collect::<candle_core::Result<_>>()?,
+        of: Default::default(),
         // Encoded prompts are kept by this: no other adapter ever has the same.
         text_key: Some(uuid::Uuid::now_v7().to_string().into()),
     };
-    Ok(Arc::new(Resident::alone(mixture, bytes)))
+    let generation = Generation::of(mixture.text_key.as_deref().unwrap_or_default().as_bytes());
+    Ok(Arc::new(Resident {
+        generation,
+        bytes,
+        value: mixture,
+    }))
 }

@@ -34,10 +34,7 @@ fn is_target(site: &Site, lora: &Lora) -> bool {
         (true, Targets::Attention) => ends(&ATTENTION),
         (true, Targets::AttentionFf) => ends(&ATTENTION) || ends(&FEED_FORWARD),
         (true, Targets::Convs) => {
-            ends(&ATTENTION)
-                || ends(&FEED_FORWARD)
-                || ends(&CONVOLUTIONS)
-                || ends(&[".proj_out"])
+            ends(&ATTENTION) || ends(&FEED_FORWARD) || ends(&CONVOLUTIONS) || ends(&[".proj_out"])
         }
         (false, _) => {
             let text = site.name.starts_with("text_encoder.");

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use crate::{
     adapters::{Adapter, Axis, Change, Delta, LowRank, Magnitude, TokenEmbedding},
     models::{ConvGeometry, DeltaSet, Modules, SiteDelta, Term},
+    pipeline,
 };
 
 /// Which part of the model a parameter belongs to; each has its own learning rate.
@@ -30,9 +31,18 @@ pub struct Parameter {
 #[derive(Debug)]
 pub struct Trainable {
     layers: Vec<Layer>,
-    words: Vec<(String, Var)>,
+    words: Vec<Word>,
     device: Device,
     dtype: DType,
+}
+
+/// The rows of a word, f32.
+#[derive(Debug)]
+struct Word {
+    token: String,
+    rows: Tensor,
+    /// The variable that `rows` are; absent once the word is learned.
+    var: Option<Var>,
 }
 
 #[derive(Debug)]
@@ -110,7 +120,14 @@ impl Trainable {
         Ok(Self {
             layers,
             words: words
-                .map(|word| Ok((word.token.clone(), var(&word.vectors)?)))
+                .map(|word| {
+                    let var = var(&word.vectors)?;
+                    Ok(Word {
+                        token: word.token.clone(),
+                        rows: var.as_tensor().clone(),
+                        var: Some(var),
+                    })
+                })
                 .collect::<Result<_>>()?,
             device: device.clone(),
             dtype: modules.dtype,
@@ -139,9 +156,11 @@ impl Trainable {
                 push("lora_magnitude_vector", &dora.magnitude);
             }
         }
-        for (token, var) in &self.words {
-            let (name, part, var) = (token.clone(), Part::Embedding, var.clone());
-            all.push(Parameter { name, part, var });
+        for word in &self.words {
+            if let Some(var) = word.var.clone() {
+                let (name, part) = (word.token.clone(), Part::Embedding);
+                all.push(Parameter { name, part, var });
+            }
         }
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all
@@ -150,7 +169,19 @@ impl Trainable {
     /// Whether prompts depend on what is trained.
     pub fn changes_text(&self) -> bool {
         let text = |layer: &Layer| !layer.site.starts_with("unet.");
-        !self.words.is_empty() || self.layers.iter().any(text)
+        self.words.iter().any(|word| word.var.is_some()) || self.layers.iter().any(text)
+    }
+
+    /// Leaves the words as they are from now on.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn freeze_words(&mut self) -> Result<()> {
+        for word in &mut self.words {
+            word.rows = word.rows.detach().copy()?;
+            word.var = None;
+        }
+        Ok(())
     }
 
     /// What is added beside the model's weights, made of the variables: gradients lead to them.
@@ -186,7 +217,7 @@ impl Trainable {
         if self.words.is_empty() {
             return Ok(None);
         }
-        let rows: Vec<&Tensor> = self.words.iter().map(|(_, var)| var.as_tensor()).collect();
+        let rows: Vec<&Tensor> = self.words.iter().map(|word| &word.rows).collect();
         Tensor::cat(&rows, 0)?.to_dtype(self.dtype).map(Some)
     }
 
@@ -195,7 +226,7 @@ impl Trainable {
     /// # Errors
     /// Those of candle.
     pub fn adapter(&self) -> Result<Adapter> {
-        let still = |var: &Var| var.as_detached_tensor().to_device(&Device::Cpu)?.copy();
+        let still = |tensor: &Tensor| tensor.detach().to_device(&Device::Cpu)?.copy();
         let mut deltas = BTreeMap::new();
         for layer in &self.layers {
             let low = LowRank {
@@ -218,16 +249,55 @@ impl Trainable {
             };
             deltas.insert(layer.site.clone(), delta);
         }
-        let word = |(token, var): &(String, Var)| {
+        let word = |word: &Word| {
             Ok(TokenEmbedding {
-                token: token.clone(),
-                vectors: still(var)?,
+                token: word.token.clone(),
+                vectors: still(&word.rows)?,
             })
         };
         Ok(Adapter::trained(
             deltas,
             self.words.iter().map(word).collect::<Result<_>>()?,
         ))
+    }
+
+    /// Every tensor whose values training has changed, by the name of its parameter: words stay among them
+    /// once they are learned.
+    pub fn values(&self) -> Vec<(String, Tensor)> {
+        let parameters = self.parameters().into_iter();
+        let mut all: Vec<_> = parameters
+            .map(|p| (p.name, p.var.as_detached_tensor()))
+            .collect();
+        let learned = self.words.iter().filter(|word| word.var.is_none());
+        all.extend(learned.map(|word| (word.token.clone(), word.rows.clone())));
+        all
+    }
+
+    /// Gives one of [`Trainable::values`] other numbers, of the same shape.
+    ///
+    /// # Errors
+    /// A name or a shape that there is none of.
+    pub fn set(&mut self, name: &str, values: &Tensor) -> Result<()> {
+        let values = values.to_device(&self.device)?;
+        if let Some(parameter) = self.parameters().iter().find(|p| p.name == name) {
+            return parameter.var.set(&values);
+        }
+        match self.words.iter_mut().find(|word| word.token == name) {
+            Some(word) if word.rows.dims() == values.dims() => {
+                word.rows = values;
+                Ok(())
+            }
+            _ => candle_core::bail!("there is no `{name}` of shape {:?}", values.dims()),
+        }
+    }
+
+    /// The words as captions need them.
+    pub(super) fn words(&self) -> Vec<pipeline::Word> {
+        let word = |word: &Word| pipeline::Word {
+            token: word.token.clone(),
+            vectors: word.rows.detach(),
+        };
+        self.words.iter().map(word).collect()
     }
 
     /// Where the variables are.

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Files that are no adapters for the demo model, and what is said of each.
-fn bad_files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
+pub fn bad_files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let good = lora(1.0);
     let mut huge = good.clone();
     huge[..8].copy_from_slice(&(1u64 << 63).to_le_bytes());

@@ -2,10 +2,7 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader},
-    process::{Child, Command, Stdio},
-    sync::{Arc, Mutex, mpsc},
-    thread,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -25,6 +22,7 @@ use tokio::{
 
 use crate::{
     adapter_files::lora,
+    process::Process,
     support::{PATIENCE, Server, StandIn, demo, file, ok, pixels, quick, refusal, until},
 };
 
@@ -224,78 +222,6 @@ async fn a_server_that_is_told_to_stop_finishes_what_it_accepted() {
     stopped.await.unwrap().unwrap();
     let late = Client::new().post(&url).json(&body).send().await;
     assert!(late.unwrap_err().is_connect(), "nobody listens any more");
-}
-
-/// The real binary, serving.
-struct Process {
-    child: Child,
-    url: String,
-    log: mpsc::Receiver<String>,
-}
-
-impl Process {
-    fn serve(options: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_lorikeet"))
-            .args(["serve", "--listen", "127.0.0.1:0"])
-            .args(options)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (lines, log) = mpsc::channel();
-        let stderr = BufReader::new(child.stderr.take().unwrap());
-        // Reads to the end: a full pipe would stop the server.
-        thread::spawn(move || {
-            stderr
-                .lines()
-                .map_while(Result::ok)
-                .try_for_each(|l| lines.send(l))
-        });
-        let mut process = Self {
-            child,
-            url: String::new(),
-            log,
-        };
-        let ready = process.line("ready at ");
-        process.url = ready
-            .split("ready at ")
-            .nth(1)
-            .unwrap()
-            .split(' ')
-            .next()
-            .unwrap()
-            .into();
-        process
-    }
-
-    /// The next line of the log that holds `text`.
-    fn line(&self, text: &str) -> String {
-        loop {
-            let line = self.log.recv_timeout(PATIENCE).unwrap();
-            assert!(!line.contains('\u{1b}'), "no colours in a pipe: {line}");
-            if line.contains(text) {
-                return line;
-            }
-        }
-    }
-
-    fn signal(&self, name: &str) {
-        let command = format!("kill -{name} {}", self.child.id());
-        assert!(
-            Command::new("sh")
-                .args(["-c", &command])
-                .status()
-                .unwrap()
-                .success()
-        );
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It has ended already where the test went well.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 #[tokio::test]

@@ -16,6 +16,8 @@ mod lifecycle;
 mod metadata;
 mod operations;
 mod painting;
+mod painting_on;
+mod process;
 mod streaming;
 mod support;
 mod vllm;

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// A low-rank adapter strong enough to be seen; another seed is another direction.
-fn strong(seed: usize) -> Vec<u8> {
+pub fn strong(seed: usize) -> Vec<u8> {
     let wave = |n: usize, step: f32| -> Vec<f32> {
         let value = |i: usize| ((i + seed) as f32 * step).sin() * 0.6;
         (0..n).map(value).collect()
@@ -177,8 +177,8 @@ async fn what_cannot_be_painted_with_is_refused_with_its_field() {
     let many: Vec<Value> = (0..33).map(|i| json!(format!("a{i}"))).collect();
     for (change, param, part) in [
         (
-            json!({"adapters": [{"name": "x", "scale": 101}]}),
-            "adapters",
+            json!({"adapters": ["y", {"name": "x", "scale": 101}]}),
+            "adapters[1].scale",
             "from -100 to 100",
         ),
         (json!({"adapters": many}), "adapters", "at most 32"),
@@ -214,6 +214,47 @@ async fn what_cannot_be_painted_with_is_refused_with_its_field() {
             refusal(shared().generate(&quick(json!({"adapters": [name]}))).await).await;
         assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY, "{name}: {error}");
         assert_eq!(error["code"], "invalid_adapter_name");
+        assert_eq!(error["param"], "adapters[0].name");
+    }
+}
+
+#[tokio::test]
+async fn an_adapter_that_cannot_be_used_is_refused_by_the_field_that_names_it() {
+    have("usable", strong(5)).await;
+    let folder = shared().adapters().unwrap();
+    let torn = &strong(6)[..300];
+    std::fs::write(folder.join("unusable.safetensors"), torn).unwrap();
+    let good = json!("usable");
+    for name in ["unusable", "nowhere-at-all"] {
+        for (change, param) in [
+            (json!({"adapters": [name]}), "adapters[0].name"),
+            (
+                json!({"adapters": [good, {"name": name}]}),
+                "adapters[1].name",
+            ),
+            (
+                json!({"model": "usable", "adapters": [name]}),
+                "adapters[0].name",
+            ),
+            (
+                json!({"model": name, "adapters": [good, name]}),
+                if name == "unusable" {
+                    "adapters[1].name"
+                } else {
+                    "model"
+                },
+            ),
+            (json!({"model": name, "adapters": [good]}), "model"),
+            (
+                json!({"prompt": format!("a fox <lora:{name}>"), "adapters": [good]}),
+                "prompt",
+            ),
+        ] {
+            let (status, error) = refusal(shared().generate(&quick(change.clone())).await).await;
+            let expected = if name == "unusable" { 422 } else { 404 };
+            assert_eq!(status, expected, "{change}: {error}");
+            assert_eq!(error["param"], param, "{change}");
+        }
     }
 }
 

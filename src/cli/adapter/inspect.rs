@@ -5,18 +5,20 @@ use std::{
     io::{self, Write},
 };
 
+use candle_core::Tensor;
 use serde::Serialize;
 
-use super::{Failure, Subject, failed, printable, unprinted};
+use super::{Failure, Subject, failed, printable, unprinted, verify::norm};
 use crate::{
     adapters::{Adapter, Change, Delta},
-    models::Site,
+    models::Model,
 };
 
 /// Say what a file is and what it does to a model
 ///
-/// Dialect, model family, sites with their methods, ranks and the norms of their differences, trigger
-/// words, metadata, and the keys that mean nothing to the model.
+/// Dialect, model family, sites with their methods, ranks and the norms of their differences (of DoRA
+/// and (IA)3, which depend on the weights that are there, on the model's own), trigger words, metadata,
+/// and the keys that mean nothing to the model.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -35,7 +37,7 @@ pub(super) struct InspectOptions {
 pub(super) fn run(options: &InspectOptions) -> Result<(), Failure> {
     let target = options.subject.target()?;
     let adapter = options.subject.open(&target)?;
-    let summary = Summary::of(&adapter, target.model.sites()).map_err(failed)?;
+    let summary = Summary::of(&adapter, &target.model).map_err(failed)?;
     let mut out = io::stdout().lock();
     match options.json {
         true => serde_json::to_writer(&mut out, &summary)
@@ -49,6 +51,8 @@ pub(super) fn run(options: &InspectOptions) -> Result<(), Failure> {
 /// Everything there is to say about an adapter.
 #[derive(Debug, Serialize)]
 struct Summary<'a> {
+    /// What it was read for.
+    model: &'a str,
     dialect: String,
     family: Option<String>,
     /// Bytes in host memory.
@@ -67,8 +71,10 @@ struct SiteSummary<'a> {
     /// Whether lengths of rows or columns are set (DoRA).
     dora: bool,
     bias: bool,
-    /// Of the difference, where it does not depend on the model's own weights.
-    norm: Option<f32>,
+    /// Of the difference.
+    norm: f64,
+    /// Whether the difference, and so its norm, depends on the weight that is there: DoRA and (IA)³.
+    of_base: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -78,20 +84,20 @@ struct WordSummary<'a> {
 }
 
 impl<'a> Summary<'a> {
-    fn of(adapter: &'a Adapter, sites: &[Site]) -> candle_core::Result<Self> {
-        let shapes: BTreeMap<&str, &[usize]> = sites
-            .iter()
-            .map(|site| (&*site.name, &site.weight_shape[..]))
-            .collect();
-        let sites = adapter.deltas.iter().map(|(site, delta)| {
-            let shape = shapes.get(&**site).copied().unwrap_or_default();
-            SiteSummary::of(site, delta, shape)
+    fn of(adapter: &'a Adapter, model: &'a Model) -> candle_core::Result<Self> {
+        let modules = model.modules();
+        let sites = modules.sites().iter().enumerate();
+        let indices: BTreeMap<&str, usize> = sites.map(|(i, site)| (&*site.name, i)).collect();
+        let sites = adapter.deltas.iter().filter_map(|(site, delta)| {
+            let weight = modules.weight(*indices.get(&**site)?);
+            Some(weight.and_then(|weight| SiteSummary::of(site, delta, &weight)))
         });
         let words = adapter.embeddings.iter().map(|word| WordSummary {
             word: &word.token,
             vectors: word.vectors.dims()[0],
         });
         Ok(Self {
+            model: &model.name,
             dialect: adapter.dialect.to_string(),
             family: adapter.family.map(|family| family.to_string()),
             memory: adapter.bytes(),
@@ -111,7 +117,7 @@ impl<'a> Summary<'a> {
         writeln!(out, "memory     {} bytes", self.memory)?;
         writeln!(out, "sites      {}", self.sites.len())?;
         for site in &self.sites {
-            site.write(out)?;
+            site.write(self.model, out)?;
         }
         writeln!(out, "words      {}", self.words.len())?;
         for WordSummary { word, vectors } in &self.words {
@@ -130,30 +136,28 @@ impl<'a> Summary<'a> {
 }
 
 impl<'a> SiteSummary<'a> {
-    fn of(site: &'a str, delta: &Delta, shape: &[usize]) -> candle_core::Result<Self> {
-        let norm = match delta.weight(shape)? {
-            Some(weight) => Some(weight.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt()),
-            None => None,
-        };
+    fn of(site: &'a str, delta: &Delta, base: &Tensor) -> candle_core::Result<Self> {
         Ok(Self {
             site,
             method: delta.change.as_ref().map(method),
             rank: delta.change.as_ref().and_then(Change::rank),
             dora: delta.magnitude.is_some(),
             bias: delta.bias.is_some(),
-            norm,
+            norm: norm(&delta.weight_with(base)?)?,
+            of_base: delta.weight(base.dims())?.is_none(),
         })
     }
 
-    fn write(&self, out: &mut impl Write) -> io::Result<()> {
+    fn write(&self, model: &str, out: &mut impl Write) -> io::Result<()> {
         let mut words: Vec<String> = self.method.map(String::from).into_iter().collect();
         words.extend(self.rank.map(|rank| format!("rank {rank}")));
         words.extend(self.dora.then(|| "DoRA".into()));
         words.extend(self.bias.then(|| "bias".into()));
         write!(out, "  {}  {}", self.site, words.join(" "))?;
-        match self.norm {
-            Some(norm) => writeln!(out, "  norm {norm:.4}"),
-            None => writeln!(out),
+        write!(out, "  norm {:.4}", self.norm)?;
+        match self.of_base {
+            true => writeln!(out, " on the weight of {}", printable(model)),
+            false => writeln!(out),
         }
     }
 }
@@ -182,7 +186,7 @@ mod tests {
         let case = case(name);
         let target = case.target();
         let adapter = case.subject().open(&target).map_err(|f| f.message).unwrap();
-        let summary = Summary::of(&adapter, target.model.sites()).unwrap();
+        let summary = Summary::of(&adapter, &target.model).unwrap();
         let mut out = Vec::new();
         summary.write(&mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
@@ -206,7 +210,14 @@ mod tests {
         let (bundle, _) = inspected("bundle");
         assert!(bundle.contains("  fox  3 vectors\n"), "{bundle}");
         let (dora, _) = inspected("dora");
-        assert!(dora.contains("attn2.to_k  LoHa rank 2 DoRA\n"), "{dora}");
+        assert!(
+            dora.contains("attn2.to_k  LoHa rank 2 DoRA  norm "),
+            "{dora}"
+        );
+        let (_, ia3) = inspected("ia3");
+        for site in ia3["sites"].as_array().unwrap() {
+            assert!(site["of_base"] == true && site["norm"].as_f64().unwrap() > 0.0);
+        }
         let (full, _) = inspected("full");
         assert!(
             full.contains("conv_shortcut  difference bias  norm "),
@@ -220,6 +231,7 @@ mod tests {
         assert_eq!(kohya["dialect"], "kohya");
         let sites = kohya["sites"].as_array().unwrap();
         assert_eq!(sites.len(), 8);
+        assert!(sites.iter().all(|site| site["of_base"] == false));
         let conv = sites
             .iter()
             .find(|site| site["site"] == "unet.down_blocks.0.resnets.0.conv1")

@@ -271,7 +271,7 @@ impl fmt::Display for Severity {
     }
 }
 
-fn norm(tensor: &Tensor) -> candle_core::Result<f64> {
+pub(super) fn norm(tensor: &Tensor) -> candle_core::Result<f64> {
     let square = tensor.to_dtype(DType::F64)?.sqr()?.sum_all()?;
     square.to_scalar::<f64>().map(f64::sqrt)
 }

@@ -18,8 +18,8 @@ pub use crate::storage::StoreFault;
 use crate::storage::blocking;
 use folder::Folder;
 use remote::Remote;
-pub use staging::Staged;
 pub(super) use staging::{SpoolFault, spool};
+pub use staging::{Staged, fresh_staging};
 
 /// The files of an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

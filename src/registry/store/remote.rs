@@ -20,6 +20,7 @@
 
 use std::{
     fmt,
+    fs::File,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -37,6 +38,8 @@ use crate::storage::{aside, s3::S3};
 pub(super) struct Remote {
     objects: Arc<dyn ObjectStore>,
     staging: PathBuf,
+    /// While it is open, the folder is this process'.
+    _held: Option<File>,
     /// S3's own, where it is S3.
     s3: Option<S3>,
 }
@@ -57,6 +60,7 @@ impl Remote {
         Ok(Self {
             objects,
             staging: staging.to_owned(),
+            _held: super::staging::hold(staging),
             s3: None,
         })
     }

@@ -4,6 +4,7 @@ use std::{
     fmt,
     fs::{self, File},
     io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -12,6 +13,7 @@ use futures::{Stream, StreamExt as _};
 use memmap2::Mmap;
 use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncWrite, AsyncWriteExt as _};
+use uuid::Uuid;
 
 use super::{super::Generation, StoreFault};
 use crate::storage::{aside, blocking};
@@ -105,6 +107,40 @@ async fn drain<E: fmt::Display>(
     Ok((size, Generation::finish(hash)))
 }
 
+/// How the folders of processes without one of their own begin.
+const UPLOADS: &str = "lorikeet-uploads-";
+/// What a living process holds in its folder.
+const LOCK: &str = "lock";
+
+/// A folder for uploads below `parent`, which nobody else can have made before. Those of processes that
+/// are gone are removed.
+pub fn fresh_staging(parent: &Path) -> PathBuf {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(UPLOADS) && is_abandoned(&entry.path()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    parent.join(format!("{UPLOADS}{}", Uuid::new_v4()))
+}
+
+/// Whether a folder is this user's and its process is gone. One without a lock may be in the making.
+fn is_abandoned(folder: &Path) -> bool {
+    // SAFETY: the call takes nothing and cannot fail.
+    let us = unsafe { libc::geteuid() };
+    let ours = fs::symlink_metadata(folder).is_ok_and(|f| f.is_dir() && f.uid() == us);
+    ours && File::open(folder.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_ok())
+}
+
+/// Says that the folder's process lives, as long as the file is open. `None` where the system has no
+/// locks; nobody takes the folder for abandoned then.
+pub(super) fn hold(folder: &Path) -> Option<File> {
+    let made = folder.join("lock.new");
+    let lock = File::create(&made).ok()?;
+    // Locked before it has its name: nobody sees it open.
+    let held = lock.try_lock().is_ok() && fs::rename(&made, folder.join(LOCK)).is_ok();
+    held.then_some(lock)
+}
+
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
@@ -152,5 +188,28 @@ mod tests {
         let fault = spool(folder.path(), broken, 3).await.unwrap_err();
         assert!(matches!(fault, SpoolFault::Body(why) if why == "gone"));
         assert_eq!(left(), 0);
+    }
+
+    #[test]
+    fn the_folder_of_a_process_that_is_gone_is_removed_and_a_living_ones_is_not() {
+        let parent = tempfile::tempdir().unwrap();
+        let [mut gone, living, other] = [(); 3].map(|()| {
+            let folder = fresh_staging(parent.path());
+            aside::prepare(&folder).unwrap();
+            aside::create(&folder).unwrap();
+            (hold(&folder).unwrap(), folder)
+        });
+        let made = parent.path().join(format!("{UPLOADS}in-the-making"));
+        fs::create_dir(&made).unwrap();
+        // A lock goes with its process.
+        gone.0 = File::open("/dev/null").unwrap();
+        // Nothing of ours, whatever it is called.
+        let elsewhere = tempfile::tempdir().unwrap();
+        drop(other.0);
+        fs::rename(&other.1, elsewhere.path().join("kept")).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path().join("kept"), &other.1).unwrap();
+        fresh_staging(parent.path());
+        assert!(!gone.1.exists() && living.1.exists() && made.exists());
+        assert!(elsewhere.path().join("kept/lock").exists());
     }
 }

@@ -1,0 +1,712 @@
+//! A run from its first picture to its last step, in slices.
+//!
+//! A slice is one class picture, one picture encoded, or one step of the optimiser: between two slices
+//! the device is free for others. A run depends on its options, its pictures and its model and on nothing
+//! else, so it can go on from a [`Run::checkpoint`] as if it had never stopped.
+
+use candle_core::{DType, Device, Tensor};
+use image::RgbImage;
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    captions,
+    checkpoint::{Checkpoint, CheckpointError, Head},
+    objective::{Noised, weights},
+    optimizer::{Optimizer, OptimizerError},
+    options::{Checkpointing, TrainingOptions},
+    order::Order,
+    painting,
+    random::{Draw, Purpose},
+    start,
+    step::{Captions, Passage, Rates, StepError, gradients, update},
+    trainable::{Parameter, Trainable},
+};
+use crate::{
+    adapters::{Adapter, TokenEmbedding},
+    models::{Model, Moments},
+    pipeline::{Pipeline, PipelineError, Word},
+    schedulers::{NoiseLevels, SchedulerConfig, SchedulerError},
+};
+
+/// UNets above this many parameters compute their blocks again on the way back where the options leave
+/// the choice: the demo model never does, SD 1.5 (860 million) does.
+const RECOMPUTE_ABOVE: usize = 100_000_000;
+/// How fast the smoothed loss forgets.
+const SMOOTHING: f64 = 0.95;
+/// Seeds of class pictures begin here, far from those of samples.
+const CLASS_SEEDS: u64 = 1 << 32;
+/// Samples that belong to the class draw their numbers from this place of a batch on.
+const CLASS_PLACES: u64 = 1 << 20;
+
+/// A picture to learn from, at the size it is learned at.
+#[derive(Debug, Clone)]
+pub struct Sample {
+    pub image: RgbImage,
+    pub caption: String,
+    /// Not learned from: the held-out loss is measured on it.
+    pub held_out: bool,
+}
+
+/// What one slice did.
+#[derive(Debug, Clone)]
+pub enum Slice {
+    /// A picture of the class was painted, for prior preservation.
+    ClassPicture {
+        done: usize,
+        of: usize,
+    },
+    /// A picture became latents.
+    Encoded {
+        done: usize,
+        of: usize,
+    },
+    Step(Report),
+    Finished,
+}
+
+/// A step, as it is told.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Report {
+    /// Steps made, this one included.
+    pub step: u32,
+    pub of: u32,
+    pub loss: f64,
+    pub smoothed_loss: f64,
+    /// Of all gradients together, before they were clipped.
+    pub gradient_norm: f64,
+    pub rates: Rates,
+}
+
+/// Why a run cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error("there are no pictures to learn from")]
+    NoPictures,
+    #[error("no module of this model is trained with these targets")]
+    NothingToTrain,
+    #[error(transparent)]
+    Step(#[from] StepError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Scheduler(#[from] SchedulerError),
+    #[error(transparent)]
+    Paint(#[from] PipelineError),
+    #[error(transparent)]
+    Optimizer(#[from] OptimizerError),
+    #[error(transparent)]
+    Device(#[from] candle_core::Error),
+}
+
+/// A stretch of a run in which one set of parameters is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Word,
+    Lora,
+}
+
+/// A picture as it is trained on.
+#[derive(Debug)]
+struct Encoded {
+    /// As it is, and mirrored where the options say so.
+    moments: Vec<Moments>,
+    caption: String,
+}
+
+/// A training run.
+#[derive(Debug)]
+pub struct Run {
+    options: TrainingOptions,
+    identity: String,
+    levels: NoiseLevels,
+    samples: Vec<Sample>,
+    encoded: Vec<Encoded>,
+    class_pictures: Vec<RgbImage>,
+    class: Vec<Encoded>,
+    orders: Option<[Order; 2]>,
+    trainable: Trainable,
+    parameters: Vec<Parameter>,
+    optimizer: Optimizer,
+    phase: Phase,
+    step: u32,
+    smoothed: Option<f64>,
+}
+
+impl Run {
+    /// A run that has not begun, or goes on from a checkpoint's bytes.
+    ///
+    /// # Errors
+    /// No pictures, options that leave nothing to train, or another run's checkpoint.
+    pub fn new(
+        pipeline: &Pipeline,
+        options: TrainingOptions,
+        samples: Vec<Sample>,
+        checkpoint: Option<&[u8]>,
+    ) -> Result<Self, RunError> {
+        if samples.iter().all(|sample| sample.held_out) {
+            return Err(RunError::NoPictures);
+        }
+        let model = pipeline.model();
+        let config = SchedulerConfig::from_json(&model.scheduler_config)?;
+        let levels = NoiseLevels::new(&config)?;
+        let identity = identity(&options, &samples, model);
+        let checkpoint = checkpoint.map(Checkpoint::decode).transpose()?;
+        if checkpoint.as_ref().is_some_and(|c| c.head.run != identity) {
+            return Err(CheckpointError::Foreign.into());
+        }
+        let word_steps = options.embedding.as_ref().map_or(0, |phase| phase.steps);
+        let step = checkpoint.as_ref().map_or(0, |c| c.head.step);
+        // The last step of the words leads into the next phase, if there is one.
+        let phase = match step < word_steps || options.lora.is_none() {
+            true => Phase::Word,
+            false => Phase::Lora,
+        };
+        let words = words(model, &options)?;
+        let trainable = trainable(model, &options, phase, words)?;
+        let mut run = Self {
+            identity,
+            levels,
+            samples,
+            encoded: Vec::new(),
+            class_pictures: Vec::new(),
+            class: Vec::new(),
+            orders: None,
+            parameters: trainable.parameters(),
+            optimizer: optimizer(&options, &trainable),
+            trainable,
+            options,
+            phase,
+            step,
+            smoothed: checkpoint.as_ref().and_then(|c| c.head.smoothed_loss),
+        };
+        if run.parameters.is_empty() {
+            return Err(RunError::NothingToTrain);
+        }
+        if let Some(checkpoint) = checkpoint {
+            run.restore(checkpoint)?;
+        }
+        Ok(run)
+    }
+
+    fn restore(&mut self, checkpoint: Checkpoint) -> Result<(), RunError> {
+        let mut left = checkpoint.values;
+        for (name, values) in self.trainable.values() {
+            let found = left.remove(&name);
+            let Some((shape, numbers)) = found.filter(|(shape, _)| shape == values.dims()) else {
+                let reason = format!("`{name}` is missing, or of another shape");
+                return Err(CheckpointError::Broken(reason).into());
+            };
+            self.trainable
+                .set(&name, &Tensor::from_vec(numbers, shape, &Device::Cpu)?)?;
+        }
+        if let Some(name) = left.keys().next() {
+            let reason = format!("`{name}` is of no parameter");
+            return Err(CheckpointError::Broken(reason).into());
+        }
+        self.optimizer.load(checkpoint.optimizer)?;
+        Ok(())
+    }
+
+    /// Everything that the next step depends on, beside options, pictures and model.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn checkpoint(&self) -> Result<Vec<u8>, RunError> {
+        let mut values = std::collections::BTreeMap::new();
+        for (name, tensor) in self.trainable.values() {
+            let numbers = tensor.flatten_all()?.to_vec1()?;
+            values.insert(name, (tensor.dims().to_vec(), numbers));
+        }
+        let checkpoint = Checkpoint {
+            head: Head {
+                step: self.step,
+                run: self.identity.clone(),
+                smoothed_loss: self.smoothed,
+            },
+            values,
+            optimizer: self.optimizer.state(),
+        };
+        Ok(checkpoint.encode()?)
+    }
+
+    pub fn options(&self) -> &TrainingOptions {
+        &self.options
+    }
+
+    /// Steps made.
+    pub fn step(&self) -> u32 {
+        self.step
+    }
+
+    /// What has been learned so far.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn adapter(&self) -> Result<Adapter, RunError> {
+        Ok(self.trainable.adapter()?)
+    }
+
+    /// A picture of what has been learned so far.
+    ///
+    /// # Errors
+    /// A prompt that is refused, or a device that fails.
+    pub fn paint(
+        &self,
+        pipeline: &Pipeline,
+        prompt: &str,
+        seed: u64,
+    ) -> Result<RgbImage, RunError> {
+        let adapter = self.adapter()?;
+        let side = self.options.resolution;
+        Ok(painting::paint(
+            pipeline,
+            prompt,
+            side,
+            seed,
+            Some(&adapter),
+        )?)
+    }
+
+    /// The next piece of work.
+    ///
+    /// Call it on a thread with room on its stack: candle walks the graph of the model recursively.
+    ///
+    /// # Errors
+    /// A device that fails, a loss that is not finite, or a parameter that nothing reaches.
+    pub fn slice(&mut self, pipeline: &Pipeline) -> Result<Slice, RunError> {
+        if self.step >= self.options.total_steps() {
+            return Ok(Slice::Finished);
+        }
+        let wanted = self
+            .options
+            .prior
+            .as_ref()
+            .map_or(0, |prior| prior.images as usize);
+        if let Some(prior) = &self.options.prior
+            && self.class.len() + self.class_pictures.len() < wanted
+        {
+            let done = self.class.len() + self.class_pictures.len();
+            let seed = self.options.seed.wrapping_add(CLASS_SEEDS + done as u64);
+            let (prompt, side) = (&prior.class_prompt, self.options.resolution);
+            let picture = painting::paint(pipeline, prompt, side, seed, None)?;
+            self.class_pictures.push(picture);
+            return Ok(Slice::ClassPicture {
+                done: done + 1,
+                of: wanted,
+            });
+        }
+        let of = self.samples.len() + wanted;
+        let model = pipeline.model();
+        if self.encoded.len() < self.samples.len() {
+            let sample = &self.samples[self.encoded.len()];
+            let moments = moments(model, &sample.image, self.options.flip)?;
+            let caption = sample.caption.clone();
+            self.encoded.push(Encoded { moments, caption });
+            return Ok(Slice::Encoded {
+                done: self.encoded.len(),
+                of,
+            });
+        }
+        if let (Some(prior), true) = (&self.options.prior, self.class.len() < wanted) {
+            let picture = &self.class_pictures[0];
+            let moments = moments(model, picture, false)?;
+            let caption = prior.class_prompt.clone();
+            self.class.push(Encoded { moments, caption });
+            self.class_pictures.remove(0);
+            let done = self.encoded.len() + self.class.len();
+            return Ok(Slice::Encoded { done, of });
+        }
+        self.train(pipeline).map(Slice::Step)
+    }
+
+    /// One step of the optimiser.
+    fn train(&mut self, pipeline: &Pipeline) -> Result<Report, RunError> {
+        let model = pipeline.model();
+        let micro_batches = self.options.gradient_accumulation;
+        let (mut loss, mut sum) = (0.0, Vec::<Vec<f32>>::new());
+        for micro in 0..micro_batches {
+            let number = u64::from(self.step) * u64::from(micro_batches) + u64::from(micro);
+            for passage in self.passages(model, number)? {
+                let (part, found) = gradients(
+                    model,
+                    &self.levels,
+                    &self.trainable,
+                    &self.parameters,
+                    &passage,
+                )?;
+                loss += part / f64::from(micro_batches);
+                add(&mut sum, found);
+            }
+        }
+        let share = 1.0 / micro_batches as f32;
+        sum.iter_mut().flatten().for_each(|number| *number *= share);
+        let (at, of) = self.place();
+        // The first step moves what begins at zero; from the second on nothing is without a gradient.
+        if at == 1
+            && let Some(still) = sum
+                .iter()
+                .position(|g| g.iter().all(|number| *number == 0.0))
+        {
+            let name = self.parameters[still].name.clone();
+            return Err(StepError::NoGradient { name }.into());
+        }
+        let rates = self.rates(at, of);
+        let most = self.options.max_grad_norm;
+        let norm = update(&mut self.optimizer, &self.parameters, &mut sum, most, rates)?;
+        self.step += 1;
+        let smoothed = match self.smoothed {
+            Some(before) => SMOOTHING * before + (1.0 - SMOOTHING) * loss,
+            None => loss,
+        };
+        self.smoothed = Some(smoothed);
+        if self.phase == Phase::Word && at + 1 == of && self.options.lora.is_some() {
+            self.go_on_with_lora(model)?;
+        }
+        Ok(Report {
+            step: self.step,
+            of: self.options.total_steps(),
+            loss,
+            smoothed_loss: smoothed,
+            gradient_norm: norm,
+            rates,
+        })
+    }
+
+    /// The words are learned: from here on a LoRA is, that uses them.
+    fn go_on_with_lora(&mut self, model: &Model) -> Result<(), RunError> {
+        let words = self.trainable.adapter()?.embeddings;
+        self.phase = Phase::Lora;
+        self.trainable = trainable(model, &self.options, self.phase, words)?;
+        self.parameters = self.trainable.parameters();
+        self.optimizer = optimizer(&self.options, &self.trainable);
+        Ok(())
+    }
+
+    /// Where the next step is in its phase, and the phase's length.
+    fn place(&self) -> (u32, u32) {
+        let steps = self
+            .options
+            .embedding
+            .as_ref()
+            .map_or(0, |phase| phase.steps);
+        match (self.phase, &self.options.lora) {
+            (Phase::Lora, Some(lora)) => (self.step - steps, lora.steps),
+            _ => (self.step, steps),
+        }
+    }
+
+    fn rates(&self, at: u32, of: u32) -> Rates {
+        let options = &self.options;
+        let factor =
+            options
+                .lr_schedule
+                .multiplier(at.into(), options.warmup_steps.into(), of.into());
+        let lora = options.lora.as_ref();
+        let rate = |rate: Option<f64>| rate.unwrap_or_default() * factor;
+        Rates {
+            unet: rate(lora.map(|lora| lora.learning_rate)),
+            text: rate(lora.and_then(|lora| lora.text_learning_rate)),
+            embedding: rate(options.embedding.as_ref().map(|word| word.learning_rate)),
+        }
+    }
+
+    /// The passages of a micro-batch: samples of one size, and class pictures with them where they have
+    /// it too.
+    fn passages(&mut self, model: &Model, number: u64) -> Result<Vec<Passage>, RunError> {
+        let size = self.options.batch_size as usize;
+        let [own, class] = self.orders.get_or_insert_with(|| {
+            let learned: Vec<usize> = (0..self.samples.len())
+                .filter(|&i| !self.samples[i].held_out)
+                .collect();
+            let buckets = buckets(learned.iter().map(|&i| self.samples[i].image.dimensions()));
+            let seed = self.options.seed;
+            [
+                Order::new(seed, &buckets, size),
+                Order::new(seed ^ CLASS_SEEDS, &vec![0; self.class.len()], size),
+            ]
+        });
+        let learned: Vec<usize> = (0..self.samples.len())
+            .filter(|&i| !self.samples[i].held_out)
+            .collect();
+        let (own, class) = (own.batch(number), class.batch(number));
+        let own: Vec<&Encoded> = own.iter().map(|&i| &self.encoded[learned[i]]).collect();
+        let class: Vec<&Encoded> = class.iter().map(|&i| &self.class[i]).collect();
+        let prior = self
+            .options
+            .prior
+            .as_ref()
+            .map_or(0.0, |prior| prior.weight);
+        let rows = |some: &[&Encoded], weight: f64, places: u64| -> Result<Rows, RunError> {
+            let weight = weight / some.len().max(1) as f64;
+            let mut rows = Rows::default();
+            for (place, encoded) in some.iter().enumerate() {
+                let place = places + place as u64;
+                rows.push(self.row(model, encoded, number, place)?, weight);
+            }
+            Ok(rows)
+        };
+        let mut own = rows(&own, 1.0, 0)?;
+        let class = rows(&class, prior, CLASS_PLACES)?;
+        let mut all = Vec::new();
+        match (own.shape(), class.shape()) {
+            (Some(a), Some(b)) if a == b => own.append(class),
+            (_, Some(_)) => all.push(self.passage(model, class)?),
+            _ => {}
+        }
+        all.push(self.passage(model, own)?);
+        Ok(all)
+    }
+
+    /// One sample of a batch, with numbers of its own.
+    fn row(
+        &self,
+        model: &Model,
+        encoded: &Encoded,
+        number: u64,
+        place: u64,
+    ) -> Result<Row, RunError> {
+        let options = &self.options;
+        let draw = |purpose| Draw::new(options.seed, number, place, purpose);
+        let mirrored = encoded.moments.len() > 1 && draw(Purpose::Flip).chance(0.5);
+        let moments = &encoded.moments[usize::from(mirrored)];
+        let normal = |purpose, shape: &[usize]| {
+            let count = shape.iter().product();
+            Tensor::from_vec(draw(purpose).normal(count), shape, &Device::Cpu)
+        };
+        let shape = moments.mean.dims();
+        let latent = (&moments.mean + (moments.std()? * normal(Purpose::Latent, shape)?)?)?;
+        let shift = model.vae.shift_factor().unwrap_or(0.0);
+        let clean = ((latent - shift)? * model.vae.scaling_factor())?;
+        let mut noise = normal(Purpose::Noise, shape)?;
+        if options.noise_offset != 0.0 {
+            let channels = normal(Purpose::NoiseOffset, &[1, 1, 1, shape[3]])?;
+            noise = noise.broadcast_add(&(channels * options.noise_offset)?)?;
+        }
+        let steps = self.levels.alphas_cumprod.len() as u64;
+        let mut caption = encoded.caption.clone();
+        if options.caption_shuffle {
+            let keep = options.caption_keep as usize;
+            caption = shuffled(&caption, keep, &mut draw(Purpose::CaptionShuffle));
+        }
+        if place < CLASS_PLACES && draw(Purpose::CaptionDropout).chance(options.caption_dropout) {
+            caption.clear();
+        }
+        Ok(Row {
+            clean,
+            noise,
+            timestep: draw(Purpose::Timestep).below(steps) as usize,
+            caption,
+        })
+    }
+
+    fn passage(&self, model: &Model, rows: Rows) -> Result<Passage, RunError> {
+        let device = self.trainable.device();
+        let join = |all: &[Tensor]| Tensor::cat(all, 0)?.to_device(device);
+        let ratios = weights::signal_to_noise(&self.levels.alphas_cumprod);
+        let weight = |(&t, &weight): (&usize, &f64)| match self.options.min_snr_gamma {
+            Some(gamma) => {
+                let prediction = self.levels.prediction;
+                weight * f64::from(weights::min_snr(ratios[t], gamma as f32, prediction))
+            }
+            None => weight,
+        };
+        let words: Vec<Word> = self.trainable.words();
+        let ids = rows
+            .captions
+            .iter()
+            .map(|text| captions::ids(model, text, &words));
+        let ids = ids.collect::<candle_core::Result<Vec<_>>>()?;
+        let captions = match self.trainable.changes_text() {
+            true => Captions::Ids(ids),
+            false => Captions::Encoded(self.encode(model, &ids)?),
+        };
+        Ok(Passage {
+            noised: Noised {
+                clean: join(&rows.clean)?,
+                noise: join(&rows.noise)?,
+                timesteps: rows.timesteps.clone(),
+            },
+            captions,
+            weights: rows
+                .timesteps
+                .iter()
+                .zip(&rows.weights)
+                .map(weight)
+                .collect(),
+            recompute: match self.options.checkpointing {
+                Checkpointing::On => true,
+                Checkpointing::Off => false,
+                Checkpointing::Auto => unet_parameters(model) > RECOMPUTE_ABOVE,
+            },
+        })
+    }
+
+    /// Captions whose meaning is not trained.
+    fn encode(&self, model: &Model, ids: &[Vec<u32>]) -> candle_core::Result<Vec<Tensor>> {
+        let encoder = &model.text_encoder;
+        let embedded = encoder.embed(ids, self.trainable.rows()?.as_ref())?;
+        let hidden = encoder.encode(&embedded, 0, crate::models::Deltas::NONE)?;
+        (0..ids.len()).map(|row| hidden.get(row)).collect()
+    }
+}
+
+/// One sample of a batch.
+struct Row {
+    clean: Tensor,
+    noise: Tensor,
+    timestep: usize,
+    caption: String,
+}
+
+/// Samples of one size.
+#[derive(Default)]
+struct Rows {
+    clean: Vec<Tensor>,
+    noise: Vec<Tensor>,
+    timesteps: Vec<usize>,
+    captions: Vec<String>,
+    weights: Vec<f64>,
+}
+
+impl Rows {
+    fn push(&mut self, row: Row, weight: f64) {
+        self.clean.push(row.clean);
+        self.noise.push(row.noise);
+        self.timesteps.push(row.timestep);
+        self.captions.push(row.caption);
+        self.weights.push(weight);
+    }
+
+    fn append(&mut self, mut other: Self) {
+        self.clean.append(&mut other.clean);
+        self.noise.append(&mut other.noise);
+        self.timesteps.append(&mut other.timesteps);
+        self.captions.append(&mut other.captions);
+        self.weights.append(&mut other.weights);
+    }
+
+    fn shape(&self) -> Option<&[usize]> {
+        self.clean.first().map(Tensor::dims)
+    }
+}
+
+/// Adds gradients up, tensor by tensor.
+fn add(sum: &mut Vec<Vec<f32>>, more: Vec<Vec<f32>>) {
+    if sum.is_empty() {
+        *sum = more;
+        return;
+    }
+    for (sum, more) in sum.iter_mut().flatten().zip(more.iter().flatten()) {
+        *sum += more;
+    }
+}
+
+/// A number for each size, in the order in which they come.
+fn buckets(sizes: impl Iterator<Item = (u32, u32)>) -> Vec<usize> {
+    let mut known = Vec::new();
+    sizes
+        .map(|size| {
+            known.iter().position(|k| *k == size).unwrap_or_else(|| {
+                known.push(size);
+                known.len() - 1
+            })
+        })
+        .collect()
+}
+
+/// Parts between commas in another order, the first `keep` where they are.
+fn shuffled(caption: &str, keep: usize, draw: &mut Draw) -> String {
+    let mut parts: Vec<&str> = caption.split(',').map(str::trim).collect();
+    let keep = keep.min(parts.len());
+    draw.shuffle(&mut parts[keep..]);
+    parts.join(", ")
+}
+
+/// A picture's latents, and those of its mirror image.
+fn moments(model: &Model, image: &RgbImage, flip: bool) -> Result<Vec<Moments>, RunError> {
+    let encode = |image: &RgbImage| {
+        let pixels = crate::pipeline::to_tensor(image, &model.modules().device)?;
+        let moments = model.vae.encode(&pixels)?;
+        let host = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+        Ok::<_, candle_core::Error>(Moments {
+            mean: host(&moments.mean)?,
+            logvar: host(&moments.logvar)?,
+        })
+    };
+    let mut all = vec![encode(image)?];
+    if flip {
+        all.push(encode(&image::imageops::flip_horizontal(image))?);
+    }
+    Ok(all)
+}
+
+/// Words with the rows of their initializer.
+fn words(model: &Model, options: &TrainingOptions) -> Result<Vec<TokenEmbedding>, RunError> {
+    let (Some(word), Some(token)) = (&options.embedding, &options.token) else {
+        return Ok(Vec::new());
+    };
+    Ok(vec![start::word(
+        model,
+        token,
+        &word.initializer,
+        word.vectors,
+    )?])
+}
+
+/// The variables of a phase; words are among them only while they are learned.
+fn trainable(
+    model: &Model,
+    options: &TrainingOptions,
+    phase: Phase,
+    words: Vec<TokenEmbedding>,
+) -> Result<Trainable, RunError> {
+    let deltas = match (phase, &options.lora) {
+        (Phase::Lora, Some(lora)) => start::deltas(model.modules(), lora, options.seed)?,
+        _ => Default::default(),
+    };
+    let mut trainable = Trainable::new(model.modules(), &Adapter::trained(deltas, words))?;
+    if phase == Phase::Lora {
+        trainable.freeze_words()?;
+    }
+    Ok(trainable)
+}
+
+fn optimizer(options: &TrainingOptions, trainable: &Trainable) -> Optimizer {
+    let parameters = trainable.parameters().into_iter();
+    let sizes = parameters.map(|p| (p.name.clone(), p.var.elem_count()));
+    Optimizer::new(options.optimizer, sizes)
+}
+
+fn unet_parameters(model: &Model) -> usize {
+    let sites = model.modules().sites().iter();
+    sites
+        .filter(|site| site.name.starts_with("unet."))
+        .map(|site| site.weight_shape.iter().product::<usize>())
+        .sum()
+}
+
+/// What a run is: two with the same go the same way.
+fn identity(options: &TrainingOptions, samples: &[Sample], model: &Model) -> String {
+    let mut hash = Sha256::new();
+    let mut part = |bytes: &[u8]| {
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    // Options are plain data: they always have a text.
+    part(
+        serde_json::to_string(options)
+            .unwrap_or_default()
+            .as_bytes(),
+    );
+    part(model.hash.as_bytes());
+    for sample in samples {
+        part(&sample.image.width().to_le_bytes());
+        part(sample.image.as_raw());
+        part(sample.caption.as_bytes());
+        part(&[sample.held_out.into()]);
+    }
+    hash.finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
