@@ -1,5 +1,6 @@
 //! Training: pictures in, a servable adapter out.
 
+pub mod dataset;
 pub mod objective {
     pub mod weights;
 }
