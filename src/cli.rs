@@ -8,6 +8,7 @@ mod openapi;
 mod options;
 mod serve;
 mod store;
+mod train;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,7 @@ use crate::{config::InvalidOption, ops};
 Examples:
   lorikeet generate \"a red fox in the snow\" -o fox.png
   lorikeet serve
+  lorikeet train dreambooth --images pictures --name zorp --instance-prompt \"a zorp monster\"
 
 Every option is also an environment variable: --max-batch is LORIKEET_MAX_BATCH.
 `lorikeet COMMAND --help` tells more about a command.")]
@@ -39,6 +41,7 @@ struct Cli {
 enum Command {
     Serve(serve::ServeOptions),
     Generate(generate::GenerateOptions),
+    Train(train::TrainOptions),
     Adapter(adapter::AdapterOptions),
     Openapi(openapi::OpenapiOptions),
     Healthcheck(healthcheck::HealthcheckOptions),
@@ -82,6 +85,7 @@ pub fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(options) => serve::run(options),
         Command::Generate(options) => generate::run(options),
+        Command::Train(options) => train::run(options),
         Command::Adapter(options) => adapter::run(options),
         Command::Openapi(options) => openapi::run(options),
         Command::Healthcheck(options) => healthcheck::run(options),

@@ -18,6 +18,7 @@
 //! | [`storage`] | what a folder and S3 are to every room that keeps files there | adapters, jobs |
 //! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
 //! | [`noise`] | PyTorch's random numbers | everything else |
+//! | [`pictures`] | files of pictures become pixels, under limits | everything else |
 //! | [`adapters`] | adapter files become deltas by site, are mixed for one model, and are written | requests |
 //! | [`models`] | CLIP, UNet, VAE, tokenizer, reading them from a folder; what adapters add to their rows | requests |
 //! | [`ops`] | convolution, attention, norms, matrix products; the memory and threads they use | models |
@@ -38,7 +39,7 @@
 //! 1. **The door.** `api/layers.rs` gives the request an id, a span and a place in the metrics.
 //!    `api/images.rs` checks the content type, `api/body.rs` reads the body within its bounds of
 //!    size and time, and `api/fields.rs` takes the fields out of it one by one; what nobody takes is
-//!    named in the answer's `warnings`. (`api/edits.rs` does the same for forms, and `api/upload.rs`
+//!    named in the answer's `warnings`. (`api/edits.rs` does the same for forms, and [`pictures`]
 //!    decodes their pictures under limits.)
 //! 2. **One request.** `api/parameters.rs` writes a [`RequestDraft`], and
 //!    [`RequestDraft::validate`] makes an [`ImageRequest`]: every default filled in, every bound
@@ -156,6 +157,7 @@ pub mod jobs;
 pub mod models;
 pub mod noise;
 pub mod ops;
+pub mod pictures;
 pub mod pipeline;
 pub mod registry;
 pub mod schedulers;

@@ -26,8 +26,8 @@ use super::{
     paint::{self, ImageAnswer, Order, Route},
     parameters::ImageParameters,
     sse::ImageEvent,
-    upload::{UploadError, decode_image, decode_mask},
 };
+use crate::pictures::{PictureError, decode_image, decode_mask};
 
 /// Base64 with or without padding.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
@@ -140,7 +140,7 @@ impl Sent {
         let warnings = parameters.warnings(&self.fields);
         let mut draft = parameters.draft()?;
         let refuse = |field: &'static str| {
-            move |error: UploadError| ApiError::field(field, error.to_string())
+            move |error: PictureError| ApiError::field(field, error.to_string())
         };
         draft.image = Some(decode_image(&self.image).map_err(refuse("image"))?);
         draft.mask = match &self.mask {

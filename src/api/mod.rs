@@ -29,7 +29,6 @@ mod refusals;
 mod serve;
 mod sse;
 mod state;
-mod upload;
 mod vllm;
 
 use axum::{Router, routing::get};
@@ -41,7 +40,6 @@ pub use error::ApiError;
 pub(crate) use parameters::parse_size;
 pub use serve::{Drain, serve};
 pub use state::{AppState, HttpSettings};
-pub use upload::{UploadError, decode_image, decode_mask};
 
 /// Every documented route. A new dialect adds its line here.
 fn routes() -> OpenApiRouter<AppState> {

@@ -18,11 +18,12 @@ use super::{
     store::{DEFAULT, open_store},
 };
 use crate::{
-    api::{OutputFormat, decode_image, decode_mask, encode, encode_plain},
+    api::{OutputFormat, encode, encode_plain},
     config::Defaults,
     engine::{
         AdapterLoader, Job, JobError, Mixer, ModelInfo, OnMissing, Painter, Picture, Wardrobe,
     },
+    pictures::{decode_image, decode_mask},
     pipeline::request::{AdapterChoice, ImageRequest, InvalidField, Limits, RequestDraft},
     registry::{Registry, Settings},
     schedulers::SchedulerKind,

@@ -60,6 +60,11 @@ impl Opened {
         Arc::new(Mixer::new(self.pipeline.model().modules().clone(), budget))
     }
 
+    /// The pipeline alone, for work without an engine.
+    pub fn into_pipeline(self) -> Pipeline {
+        self.pipeline
+    }
+
     /// Starts the engine.
     ///
     /// # Errors

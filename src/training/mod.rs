@@ -6,6 +6,7 @@
 
 mod captions;
 mod checkpoint;
+pub mod dataset;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
@@ -17,11 +18,13 @@ pub mod order;
 mod painting;
 pub mod random;
 mod run;
+#[cfg(all(test, feature = "demo-model"))]
+mod run_tests;
 mod start;
 mod step;
 mod trainable;
 
 pub use checkpoint::CheckpointError;
-pub use run::{Report, Run, RunError, Sample, Slice};
+pub use run::{Report, Run, RunError, Slice};
 pub use step::{Captions, Passage, Rates, StepError, gradients, update};
 pub use trainable::{Parameter, Part, Trainable};

@@ -4,6 +4,8 @@
 //! the device is free for others. A run depends on its options, its pictures and its model and on nothing
 //! else, so it can go on from a [`Run::checkpoint`] as if it had never stopped.
 
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use sha2::{Digest as _, Sha256};
@@ -11,9 +13,10 @@ use sha2::{Digest as _, Sha256};
 use super::{
     captions,
     checkpoint::{Checkpoint, CheckpointError, Head},
+    dataset::{self, Augment, Choice, Cut, Dataset},
     objective::{Noised, weights},
     optimizer::{Optimizer, OptimizerError},
-    options::{Checkpointing, TrainingOptions},
+    options::{Checkpointing, Crop, ModelFacts, TrainingOptions},
     order::Order,
     painting,
     random::{Draw, Purpose},
@@ -30,22 +33,13 @@ use crate::{
 
 /// UNets above this many parameters compute their blocks again on the way back where the options leave
 /// the choice: the demo model never does, SD 1.5 (860 million) does.
-const RECOMPUTE_ABOVE: usize = 100_000_000;
+const RECOMPUTE_ABOVE: u64 = 100_000_000;
 /// How fast the smoothed loss forgets.
 const SMOOTHING: f64 = 0.95;
 /// Seeds of class pictures begin here, far from those of samples.
 const CLASS_SEEDS: u64 = 1 << 32;
 /// Samples that belong to the class draw their numbers from this place of a batch on.
 const CLASS_PLACES: u64 = 1 << 20;
-
-/// A picture to learn from, at the size it is learned at.
-#[derive(Debug, Clone)]
-pub struct Sample {
-    pub image: RgbImage,
-    pub caption: String,
-    /// Not learned from: the held-out loss is measured on it.
-    pub held_out: bool,
-}
 
 /// What one slice did.
 #[derive(Debug, Clone)]
@@ -105,25 +99,23 @@ enum Phase {
     Lora,
 }
 
-/// A picture as it is trained on.
-#[derive(Debug)]
-struct Encoded {
-    /// As it is, and mirrored where the options say so.
-    moments: Vec<Moments>,
-    caption: String,
-}
-
 /// A training run.
 #[derive(Debug)]
 pub struct Run {
     options: TrainingOptions,
     identity: String,
+    /// Whether memory asks for gradient checkpointing.
+    large: bool,
     levels: NoiseLevels,
-    samples: Vec<Sample>,
-    encoded: Vec<Encoded>,
-    class_pictures: Vec<RgbImage>,
-    class: Vec<Encoded>,
-    orders: Option<[Order; 2]>,
+    dataset: Dataset,
+    /// Indices of the samples that are learned from.
+    learned: Vec<usize>,
+    /// Of pictures as steps see them, kept where there are few ways to see one.
+    latents: HashMap<(usize, Choice), Moments>,
+    class_pictures: VecDeque<RgbImage>,
+    class: Vec<Moments>,
+    order: Order,
+    class_order: Order,
     trainable: Trainable,
     parameters: Vec<Parameter>,
     optimizer: Optimizer,
@@ -140,16 +132,19 @@ impl Run {
     pub fn new(
         pipeline: &Pipeline,
         options: TrainingOptions,
-        samples: Vec<Sample>,
+        dataset: Dataset,
         checkpoint: Option<&[u8]>,
     ) -> Result<Self, RunError> {
-        if samples.iter().all(|sample| sample.held_out) {
+        let held_out = dataset.held_out(options.seed);
+        let mut learned: Vec<usize> = (0..dataset.samples.len()).collect();
+        learned.retain(|sample| !held_out.contains(sample));
+        if learned.is_empty() {
             return Err(RunError::NoPictures);
         }
         let model = pipeline.model();
         let config = SchedulerConfig::from_json(&model.scheduler_config)?;
         let levels = NoiseLevels::new(&config)?;
-        let identity = identity(&options, &samples, model);
+        let identity = identity(&options, &dataset, model);
         let checkpoint = checkpoint.map(Checkpoint::decode).transpose()?;
         if checkpoint.as_ref().is_some_and(|c| c.head.run != identity) {
             return Err(CheckpointError::Foreign.into());
@@ -161,16 +156,26 @@ impl Run {
             true => Phase::Word,
             false => Phase::Lora,
         };
+        let of_sample = dataset.bucket_of();
+        let buckets: Vec<usize> = learned.iter().map(|&sample| of_sample[sample]).collect();
+        let size = options.batch_size as usize;
+        let class = options
+            .prior
+            .as_ref()
+            .map_or(0, |prior| prior.images as usize);
         let words = words(model, &options)?;
         let trainable = trainable(model, &options, phase, words)?;
         let mut run = Self {
             identity,
+            large: ModelFacts::of(pipeline).unet_parameters > RECOMPUTE_ABOVE,
             levels,
-            samples,
-            encoded: Vec::new(),
-            class_pictures: Vec::new(),
+            order: Order::new(options.seed, &buckets, size),
+            class_order: Order::new(options.seed ^ CLASS_SEEDS, &vec![0; class], size),
+            dataset,
+            learned,
+            latents: HashMap::new(),
+            class_pictures: VecDeque::new(),
             class: Vec::new(),
-            orders: None,
             parameters: trainable.parameters(),
             optimizer: optimizer(&options, &trainable),
             trainable,
@@ -212,7 +217,7 @@ impl Run {
     /// # Errors
     /// A device that fails.
     pub fn checkpoint(&self) -> Result<Vec<u8>, RunError> {
-        let mut values = std::collections::BTreeMap::new();
+        let mut values = BTreeMap::new();
         for (name, tensor) in self.trainable.values() {
             let numbers = tensor.flatten_all()?.to_vec1()?;
             values.insert(name, (tensor.dims().to_vec(), numbers));
@@ -289,31 +294,30 @@ impl Run {
             let seed = self.options.seed.wrapping_add(CLASS_SEEDS + done as u64);
             let (prompt, side) = (&prior.class_prompt, self.options.resolution);
             let picture = painting::paint(pipeline, prompt, side, seed, None)?;
-            self.class_pictures.push(picture);
+            self.class_pictures.push_back(picture);
             return Ok(Slice::ClassPicture {
                 done: done + 1,
                 of: wanted,
             });
         }
-        let of = self.samples.len() + wanted;
         let model = pipeline.model();
-        if self.encoded.len() < self.samples.len() {
-            let sample = &self.samples[self.encoded.len()];
-            let moments = moments(model, &sample.image, self.options.flip)?;
-            let caption = sample.caption.clone();
-            self.encoded.push(Encoded { moments, caption });
-            return Ok(Slice::Encoded {
-                done: self.encoded.len(),
-                of,
-            });
+        let of = self.learned.len() + wanted;
+        // What differs by chance is encoded when its step comes.
+        let next = self.learned.iter().copied().find(|&sample| {
+            let choice = self.dataset.samples[sample].middle();
+            !self.latents.contains_key(&(sample, choice))
+        });
+        if let Some(sample) = next {
+            let choice = self.dataset.samples[sample].middle();
+            let moments = encode_cut(model, &self.dataset.samples[sample].cut(choice))?;
+            self.latents.insert((sample, choice), moments);
+            let done = self.learned.iter().take_while(|&&s| s <= sample).count();
+            return Ok(Slice::Encoded { done, of });
         }
-        if let (Some(prior), true) = (&self.options.prior, self.class.len() < wanted) {
-            let picture = &self.class_pictures[0];
-            let moments = moments(model, picture, false)?;
-            let caption = prior.class_prompt.clone();
-            self.class.push(Encoded { moments, caption });
-            self.class_pictures.remove(0);
-            let done = self.encoded.len() + self.class.len();
+        if let Some(picture) = self.class_pictures.pop_front() {
+            let pixels = crate::pipeline::to_tensor(&picture, &model.modules().device)?;
+            self.class.push(moments(model, &pixels)?);
+            let done = self.learned.len() + self.class.len();
             return Ok(Slice::Encoded { done, of });
         }
         self.train(pipeline).map(Slice::Step)
@@ -413,40 +417,28 @@ impl Run {
     /// The passages of a micro-batch: samples of one size, and class pictures with them where they have
     /// it too.
     fn passages(&mut self, model: &Model, number: u64) -> Result<Vec<Passage>, RunError> {
-        let size = self.options.batch_size as usize;
-        let [own, class] = self.orders.get_or_insert_with(|| {
-            let learned: Vec<usize> = (0..self.samples.len())
-                .filter(|&i| !self.samples[i].held_out)
-                .collect();
-            let buckets = buckets(learned.iter().map(|&i| self.samples[i].image.dimensions()));
-            let seed = self.options.seed;
-            [
-                Order::new(seed, &buckets, size),
-                Order::new(seed ^ CLASS_SEEDS, &vec![0; self.class.len()], size),
-            ]
-        });
-        let learned: Vec<usize> = (0..self.samples.len())
-            .filter(|&i| !self.samples[i].held_out)
-            .collect();
-        let (own, class) = (own.batch(number), class.batch(number));
-        let own: Vec<&Encoded> = own.iter().map(|&i| &self.encoded[learned[i]]).collect();
-        let class: Vec<&Encoded> = class.iter().map(|&i| &self.class[i]).collect();
-        let prior = self
-            .options
-            .prior
-            .as_ref()
-            .map_or(0.0, |prior| prior.weight);
-        let rows = |some: &[&Encoded], weight: f64, places: u64| -> Result<Rows, RunError> {
-            let weight = weight / some.len().max(1) as f64;
-            let mut rows = Rows::default();
-            for (place, encoded) in some.iter().enumerate() {
-                let place = places + place as u64;
-                rows.push(self.row(model, encoded, number, place)?, weight);
+        let samples = self.order.batch(number);
+        let weight = 1.0 / samples.len().max(1) as f64;
+        let mut own = Rows::default();
+        for (place, at) in samples.into_iter().enumerate() {
+            let (sample, place) = (self.learned[at], place as u64);
+            let caption = self.caption(sample, number, place);
+            let moments = self.look(model, sample, number, place)?;
+            own.push(self.row(model, &moments, caption, number, place)?, weight);
+        }
+        let mut class = Rows::default();
+        if let Some(prior) = &self.options.prior {
+            let samples = self.class_order.batch(number);
+            let weight = prior.weight / samples.len().max(1) as f64;
+            for (place, at) in samples.into_iter().enumerate() {
+                let place = CLASS_PLACES + place as u64;
+                let caption = prior.class_prompt.clone();
+                class.push(
+                    self.row(model, &self.class[at], caption, number, place)?,
+                    weight,
+                );
             }
-            Ok(rows)
-        };
-        let mut own = rows(&own, 1.0, 0)?;
-        let class = rows(&class, prior, CLASS_PLACES)?;
+        }
         let mut all = Vec::new();
         match (own.shape(), class.shape()) {
             (Some(a), Some(b)) if a == b => own.append(class),
@@ -457,18 +449,56 @@ impl Run {
         Ok(all)
     }
 
+    fn caption(&self, sample: usize, number: u64, place: u64) -> String {
+        let options = &self.options;
+        match (
+            &self.dataset.samples[sample].caption,
+            &options.embedding,
+            &options.token,
+        ) {
+            (Some(caption), _, _) => {
+                dataset::Captions::of(options).vary(caption, options.seed, number, place)
+            }
+            (None, Some(word), Some(token)) => {
+                dataset::with_token(word.learnable, token, options.seed, number, place)
+            }
+            // The data set has seen to captions wherever templates make none.
+            (None, _, _) => String::new(),
+        }
+    }
+
+    /// A sample's latents as this step sees it.
+    fn look(
+        &mut self,
+        model: &Model,
+        sample: usize,
+        number: u64,
+        place: u64,
+    ) -> Result<Moments, RunError> {
+        let augment = Augment::of(&self.options);
+        let picture = &self.dataset.samples[sample];
+        let choice = augment.choose(picture, self.options.seed, number, place);
+        if let Some(moments) = self.latents.get(&(sample, choice)) {
+            return Ok(moments.clone());
+        }
+        let moments = encode_cut(model, &picture.cut(choice))?;
+        if augment.crop == Crop::Center {
+            self.latents.insert((sample, choice), moments.clone());
+        }
+        Ok(moments)
+    }
+
     /// One sample of a batch, with numbers of its own.
     fn row(
         &self,
         model: &Model,
-        encoded: &Encoded,
+        moments: &Moments,
+        caption: String,
         number: u64,
         place: u64,
     ) -> Result<Row, RunError> {
         let options = &self.options;
         let draw = |purpose| Draw::new(options.seed, number, place, purpose);
-        let mirrored = encoded.moments.len() > 1 && draw(Purpose::Flip).chance(0.5);
-        let moments = &encoded.moments[usize::from(mirrored)];
         let normal = |purpose, shape: &[usize]| {
             let count = shape.iter().product();
             Tensor::from_vec(draw(purpose).normal(count), shape, &Device::Cpu)
@@ -483,14 +513,6 @@ impl Run {
             noise = noise.broadcast_add(&(channels * options.noise_offset)?)?;
         }
         let steps = self.levels.alphas_cumprod.len() as u64;
-        let mut caption = encoded.caption.clone();
-        if options.caption_shuffle {
-            let keep = options.caption_keep as usize;
-            caption = shuffled(&caption, keep, &mut draw(Purpose::CaptionShuffle));
-        }
-        if place < CLASS_PLACES && draw(Purpose::CaptionDropout).chance(options.caption_dropout) {
-            caption.clear();
-        }
         Ok(Row {
             clean,
             noise,
@@ -536,7 +558,7 @@ impl Run {
             recompute: match self.options.checkpointing {
                 Checkpointing::On => true,
                 Checkpointing::Off => false,
-                Checkpointing::Auto => unet_parameters(model) > RECOMPUTE_ABOVE,
+                Checkpointing::Auto => self.large,
             },
         })
     }
@@ -601,43 +623,20 @@ fn add(sum: &mut Vec<Vec<f32>>, more: Vec<Vec<f32>>) {
     }
 }
 
-/// A number for each size, in the order in which they come.
-fn buckets(sizes: impl Iterator<Item = (u32, u32)>) -> Vec<usize> {
-    let mut known = Vec::new();
-    sizes
-        .map(|size| {
-            known.iter().position(|k| *k == size).unwrap_or_else(|| {
-                known.push(size);
-                known.len() - 1
-            })
-        })
-        .collect()
+/// A cut's latents, on the host.
+fn encode_cut(model: &Model, cut: &Cut) -> Result<Moments, RunError> {
+    let shape = (1, cut.height, cut.width, 3);
+    let pixels = Tensor::from_slice(&cut.values, shape, &model.modules().device)?;
+    moments(model, &pixels)
 }
 
-/// Parts between commas in another order, the first `keep` where they are.
-fn shuffled(caption: &str, keep: usize, draw: &mut Draw) -> String {
-    let mut parts: Vec<&str> = caption.split(',').map(str::trim).collect();
-    let keep = keep.min(parts.len());
-    draw.shuffle(&mut parts[keep..]);
-    parts.join(", ")
-}
-
-/// A picture's latents, and those of its mirror image.
-fn moments(model: &Model, image: &RgbImage, flip: bool) -> Result<Vec<Moments>, RunError> {
-    let encode = |image: &RgbImage| {
-        let pixels = crate::pipeline::to_tensor(image, &model.modules().device)?;
-        let moments = model.vae.encode(&pixels)?;
-        let host = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32);
-        Ok::<_, candle_core::Error>(Moments {
-            mean: host(&moments.mean)?,
-            logvar: host(&moments.logvar)?,
-        })
-    };
-    let mut all = vec![encode(image)?];
-    if flip {
-        all.push(encode(&image::imageops::flip_horizontal(image))?);
-    }
-    Ok(all)
+fn moments(model: &Model, pixels: &Tensor) -> Result<Moments, RunError> {
+    let moments = model.vae.encode(pixels)?;
+    let host = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+    Ok(Moments {
+        mean: host(&moments.mean)?,
+        logvar: host(&moments.logvar)?,
+    })
 }
 
 /// Words with the rows of their initializer.
@@ -677,33 +676,21 @@ fn optimizer(options: &TrainingOptions, trainable: &Trainable) -> Optimizer {
     Optimizer::new(options.optimizer, sizes)
 }
 
-fn unet_parameters(model: &Model) -> usize {
-    let sites = model.modules().sites().iter();
-    sites
-        .filter(|site| site.name.starts_with("unet."))
-        .map(|site| site.weight_shape.iter().product::<usize>())
-        .sum()
-}
-
 /// What a run is: two with the same go the same way.
-fn identity(options: &TrainingOptions, samples: &[Sample], model: &Model) -> String {
+fn identity(options: &TrainingOptions, dataset: &Dataset, model: &Model) -> String {
     let mut hash = Sha256::new();
     let mut part = |bytes: &[u8]| {
         hash.update((bytes.len() as u64).to_le_bytes());
         hash.update(bytes);
     };
     // Options are plain data: they always have a text.
-    part(
-        serde_json::to_string(options)
-            .unwrap_or_default()
-            .as_bytes(),
-    );
+    let text = serde_json::to_string(options).unwrap_or_default();
+    part(text.as_bytes());
     part(model.hash.as_bytes());
-    for sample in samples {
-        part(&sample.image.width().to_le_bytes());
-        part(sample.image.as_raw());
-        part(sample.caption.as_bytes());
-        part(&[sample.held_out.into()]);
+    for sample in &dataset.samples {
+        part(&sample.pixels());
+        part(&[sample.caption.is_some().into()]);
+        part(sample.caption.as_deref().unwrap_or_default().as_bytes());
     }
     hash.finalize()
         .iter()

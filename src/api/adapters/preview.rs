@@ -8,10 +8,11 @@ use axum::{
 };
 
 use super::{
-    super::{ApiError, AppState, blocking::blocking, body, error::ErrorBody, upload::decode_image},
+    super::{ApiError, AppState, blocking::blocking, body, error::ErrorBody},
     incoming::Incoming,
     named::Named,
 };
+use crate::pictures::decode_image;
 
 /// An adapter's preview.
 #[utoipa::path(get, path = "/v1/adapters/{name}/preview.png", tag = "adapters",

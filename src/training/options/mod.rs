@@ -14,6 +14,8 @@ mod validate;
 
 use serde::{Deserialize, Serialize};
 
+use crate::pipeline::Pipeline;
+
 pub use super::optimizer::{RateSchedule, Rule, Settings};
 pub use check::Limits;
 pub use draft::TrainingDraft;
@@ -206,7 +208,35 @@ pub struct Samples {
     pub seed: u64,
 }
 
+impl ModelFacts {
+    /// Those of a loaded model.
+    pub fn of(pipeline: &Pipeline) -> Self {
+        let defaults = pipeline.defaults();
+        let sites = pipeline.model().sites().iter();
+        let unet = sites.filter(|site| site.name.starts_with("unet."));
+        let numbers = unet.map(|site| site.weight_shape.iter().product::<usize>() as u64);
+        // Latents must be halved as often as the UNet does, or skips are cut.
+        let halvings = pipeline.model().unet.downsamplings();
+        Self {
+            unet_parameters: numbers.sum(),
+            sample_size: defaults.width,
+            side_multiple: defaults.side_multiple << halvings,
+        }
+    }
+}
+
 impl TrainingOptions {
+    /// A prompt that shows what was learned.
+    pub fn example_prompt(&self) -> String {
+        let samples = self.samples.as_ref();
+        match (samples.and_then(|samples| samples.prompts.first()), &self.instance_prompt, &self.token) {
+            (Some(prompt), _, _) => prompt.clone(),
+            (None, Some(prompt), _) => prompt.clone(),
+            (None, None, Some(token)) => format!("a photo of {token}"),
+            (None, None, None) => "a photo".into(),
+        }
+    }
+
     /// Steps of all phases together.
     pub fn total_steps(&self) -> u32 {
         let embedding = self.embedding.as_ref().map_or(0, |phase| phase.steps);

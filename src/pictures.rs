@@ -1,9 +1,13 @@
-//! Pictures that clients send: limited before they are decoded, known by their bytes.
+//! Files of pictures become pixels: limited before they are decoded, known by their bytes.
+//!
+//! For what clients send to paint from and for what they send to train on.
 
 use std::io::Cursor;
 
 use image::{
-    DynamicImage, GrayImage, ImageDecoder, ImageFormat, ImageReader, Limits, Pixel as _, RgbImage,
+    DynamicImage, GrayImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits,
+    Pixel as _, RgbImage,
+    codecs::{png::PngDecoder, webp::WebPDecoder},
 };
 
 /// Pixels per side.
@@ -11,9 +15,9 @@ const MAX_SIDE: u32 = 8192;
 /// Bytes the decoder may allocate, the decoded picture included: 8192 x 8192 of RGB.
 const MAX_ALLOC: u64 = 256 * 1024 * 1024;
 
-/// Why an upload is not a picture. The text is for the client.
+/// Why a file is not a picture. The text is for the client.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum UploadError {
+pub enum PictureError {
     #[error("is neither PNG nor JPEG nor WebP; send one of these")]
     UnknownFormat,
     #[error(
@@ -24,11 +28,13 @@ pub enum UploadError {
     TooLarge { width: u32, height: u32 },
     #[error("cannot be decoded: {0}")]
     Broken(String),
+    #[error("is an animation; send a still picture, one of its frames for example")]
+    Animated,
 }
 
 /// Decodes a picture to paint from, turned upright as its EXIF data says. Transparent parts show
 /// white. Slow: run it on a blocking thread.
-pub fn decode_image(bytes: &[u8]) -> Result<RgbImage, UploadError> {
+pub fn decode_image(bytes: &[u8]) -> Result<RgbImage, PictureError> {
     let image = decode(bytes)?;
     if !image.color().has_alpha() {
         return Ok(image.into_rgb8());
@@ -45,9 +51,33 @@ pub fn decode_image(bytes: &[u8]) -> Result<RgbImage, UploadError> {
     }))
 }
 
+/// [`decode_image`], but an animation is refused: which of its frames is meant is not for us to say.
+pub fn decode_still(bytes: &[u8]) -> Result<RgbImage, PictureError> {
+    let broken = |error: ImageError| PictureError::Broken(error.to_string());
+    let animated = match image::guess_format(bytes) {
+        Ok(ImageFormat::Png) => PngDecoder::new(Cursor::new(bytes))
+            .and_then(|decoder| decoder.is_apng())
+            .map_err(broken)?,
+        Ok(ImageFormat::WebP) => WebPDecoder::new(Cursor::new(bytes))
+            .map_err(broken)?
+            .has_animation(),
+        // Animated formats beside these are refused as such.
+        _ => false,
+    };
+    match animated {
+        true => Err(PictureError::Animated),
+        false => decode_image(bytes),
+    }
+}
+
+/// Whether a file begins as a picture does, of any format.
+pub fn is_picture(bytes: &[u8]) -> bool {
+    image::guess_format(bytes).is_ok()
+}
+
 /// Decodes a mask to "white where to paint". A mask with transparency marks by it (OpenAI's way);
 /// one without marks by brightness. Slow: run it on a blocking thread.
-pub fn decode_mask(bytes: &[u8]) -> Result<GrayImage, UploadError> {
+pub fn decode_mask(bytes: &[u8]) -> Result<GrayImage, PictureError> {
     let image = decode(bytes)?;
     if image.color().has_alpha() {
         let image = image.to_rgba8();
@@ -62,23 +92,23 @@ pub fn decode_mask(bytes: &[u8]) -> Result<GrayImage, UploadError> {
     Ok(image.into_luma8())
 }
 
-fn decode(bytes: &[u8]) -> Result<DynamicImage, UploadError> {
+fn decode(bytes: &[u8]) -> Result<DynamicImage, PictureError> {
     let mut reader = ImageReader::new(Cursor::new(bytes))
         .with_guessed_format()
-        .map_err(|error| UploadError::Broken(error.to_string()))?;
+        .map_err(|error| PictureError::Broken(error.to_string()))?;
     match reader.format() {
         Some(ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP) => {}
-        _ => return Err(UploadError::UnknownFormat),
+        _ => return Err(PictureError::UnknownFormat),
     }
     // Sides are checked below, where the error can name them.
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(MAX_ALLOC);
     reader.limits(limits);
-    let broken = |error: image::ImageError| UploadError::Broken(error.to_string());
+    let broken = |error: ImageError| PictureError::Broken(error.to_string());
     let mut decoder = reader.into_decoder().map_err(broken)?;
     let (width, height) = decoder.dimensions();
     if width.max(height) > MAX_SIDE || decoder.total_bytes() > MAX_ALLOC {
-        return Err(UploadError::TooLarge { width, height });
+        return Err(PictureError::TooLarge { width, height });
     }
     // Damaged EXIF data only costs the turn.
     let orientation = decoder.orientation().ok();
@@ -143,7 +173,7 @@ mod tests {
         let error = decode_image(&bomb).unwrap_err();
         assert_eq!(
             error,
-            UploadError::TooLarge {
+            PictureError::TooLarge {
                 width: 60_000,
                 height: 60_000
             }
@@ -162,10 +192,10 @@ mod tests {
     #[test]
     fn what_is_no_picture_is_refused() {
         for bytes in [&b""[..], b"GIF89a", b"<svg/>", b"%PDF-1.7"] {
-            assert_eq!(decode_image(bytes), Err(UploadError::UnknownFormat));
+            assert_eq!(decode_image(bytes), Err(PictureError::UnknownFormat));
         }
         let mut cut = png(RgbImage::new(64, 64));
         cut.truncate(60);
-        assert!(matches!(decode_mask(&cut), Err(UploadError::Broken(_))));
+        assert!(matches!(decode_mask(&cut), Err(PictureError::Broken(_))));
     }
 }
