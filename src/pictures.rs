@@ -5,8 +5,8 @@
 use std::io::Cursor;
 
 use image::{
-    DynamicImage, GrayImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, Pixel as _,
-    RgbImage,
+    DynamicImage, GrayImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits,
+    Pixel as _, RgbImage,
     codecs::{png::PngDecoder, webp::WebPDecoder},
 };
 

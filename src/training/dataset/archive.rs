@@ -91,14 +91,18 @@ pub(super) fn unpack(
         let read = entry
             .take(most.min(by_ratio) + 1)
             .read_to_end(&mut file.bytes)
-            .map_err(|error| broken(format!("`{}`: {error}", file.name)))? as u64;
+            .map_err(|error| broken(format!("`{}`: {error}", file.name)))?
+            as u64;
         if read > most {
             return Err(limits.too_large(&file.name, left));
         }
         if read > by_ratio {
             return Err(DatasetError::Limit {
                 name: file.name,
-                what: format!("is packed more than {} times smaller than it is", limits.ratio),
+                what: format!(
+                    "is packed more than {} times smaller than it is",
+                    limits.ratio
+                ),
                 limit: format!("files of {ANY_RATIO} bytes packed so tightly"),
             });
         }

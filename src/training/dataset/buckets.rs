@@ -93,17 +93,38 @@ mod tests {
     fn sizes_are_those_of_kohya() {
         let sizes = |resolution, multiple| -> Vec<(u32, u32)> {
             let buckets = Buckets::new(resolution, multiple);
-            buckets.sizes().iter().map(|s| (s.width, s.height)).collect()
+            buckets
+                .sizes()
+                .iter()
+                .map(|s| (s.width, s.height))
+                .collect()
         };
         // `model_util.make_bucket_resolutions((512, 512), 256, 1024, 64)`
         let expected = [
-            (256, 832), (256, 896), (256, 960), (256, 1024), (320, 704), (320, 768), (384, 640),
-            (448, 576), (512, 512), (576, 448), (640, 384), (704, 320), (768, 320), (832, 256),
-            (896, 256), (960, 256), (1024, 256),
+            (256, 832),
+            (256, 896),
+            (256, 960),
+            (256, 1024),
+            (320, 704),
+            (320, 768),
+            (384, 640),
+            (448, 576),
+            (512, 512),
+            (576, 448),
+            (640, 384),
+            (704, 320),
+            (768, 320),
+            (832, 256),
+            (896, 256),
+            (960, 256),
+            (1024, 256),
         ];
         assert_eq!(sizes(512, 64), expected);
         let small = sizes(128, 32);
-        assert!(small.contains(&(128, 128)) && small.contains(&(160, 96)), "{small:?}");
+        assert!(
+            small.contains(&(128, 128)) && small.contains(&(160, 96)),
+            "{small:?}"
+        );
         assert_eq!(sizes(64, 64), [(64, 64)]);
         assert_eq!(sizes(64, 1000), [(64, 64)]);
     }
@@ -112,10 +133,34 @@ mod tests {
     fn shapes_find_their_bucket() {
         let buckets = Buckets::new(512, 64);
         let size = |w, h| buckets.sizes()[buckets.nearest(w, h)];
-        assert_eq!(size(3000, 3000), Size { width: 512, height: 512 });
-        assert_eq!(size(4032, 3024), Size { width: 576, height: 448 });
-        assert_eq!(size(1080, 1920), Size { width: 384, height: 640 });
-        assert_eq!(size(8000, 1000), Size { width: 1024, height: 256 });
+        assert_eq!(
+            size(3000, 3000),
+            Size {
+                width: 512,
+                height: 512
+            }
+        );
+        assert_eq!(
+            size(4032, 3024),
+            Size {
+                width: 576,
+                height: 448
+            }
+        );
+        assert_eq!(
+            size(1080, 1920),
+            Size {
+                width: 384,
+                height: 640
+            }
+        );
+        assert_eq!(
+            size(8000, 1000),
+            Size {
+                width: 1024,
+                height: 256
+            }
+        );
     }
 
     proptest! {

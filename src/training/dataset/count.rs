@@ -52,10 +52,7 @@ pub(super) fn check(
         })
     };
     if found == 0 && !ignored.is_empty() {
-        return refuse(format!(
-            "what was sent is none: {}",
-            super::listed(ignored)
-        ));
+        return refuse(format!("what was sent is none: {}", super::listed(ignored)));
     }
     if found < limits.least {
         return refuse("send more, with other backgrounds and poses".into());
@@ -67,7 +64,11 @@ pub(super) fn check(
         });
     }
     let (from, to) = limits.usual;
-    let note = |advice| Some(format!("{found} pictures: {from} to {to} are usual; {advice}"));
+    let note = |advice| {
+        Some(format!(
+            "{found} pictures: {from} to {to} are usual; {advice}"
+        ))
+    };
     Ok(match found {
         _ if found < from => note("a few more, with other backgrounds, make it more faithful"),
         _ if found > to => note("more than that seldom makes it better"),

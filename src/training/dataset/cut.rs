@@ -90,7 +90,9 @@ impl Sample {
         Cut {
             width: self.size.width as usize,
             height: self.size.height as usize,
-            values: values.map(|&v| 2.0 * (f32::from(v) / 255.0) - 1.0).collect(),
+            values: values
+                .map(|&v| 2.0 * (f32::from(v) / 255.0) - 1.0)
+                .collect(),
         }
     }
 }

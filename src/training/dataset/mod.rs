@@ -220,9 +220,7 @@ impl Sample {
         let (width, height) = size.cover(width, height);
         let picture = match picture.dimensions() == (width, height) {
             true => picture,
-            false => {
-                imageops::resize(&picture, width, height, imageops::FilterType::Lanczos3)
-            }
+            false => imageops::resize(&picture, width, height, imageops::FilterType::Lanczos3),
         };
         let sample = Self {
             name: file.name,
