@@ -103,6 +103,7 @@ pub fn from_upload(files: Vec<File>, limits: &ArchiveLimits) -> Result<Vec<File>
 
 /// What nobody sent on purpose.
 pub(super) fn is_leftover(name: &str) -> bool {
-    let leftover = |part: &str| part.starts_with('.') || LEFTOVERS.contains(&part);
+    let hidden = |part: &str| part.starts_with('.') && !matches!(part, "." | "..");
+    let leftover = |part: &str| hidden(part) || LEFTOVERS.contains(&part);
     name.split('/').any(leftover)
 }
