@@ -72,7 +72,12 @@ impl Course<'_> {
         bar: &ProgressBar,
         report: Report,
     ) -> Result<(), Failure> {
-        let Report { step, of, smoothed_loss, .. } = report;
+        let Report {
+            step,
+            of,
+            smoothed_loss,
+            ..
+        } = report;
         bar.set_position(step.into());
         bar.set_message(format!("loss {smoothed_loss:.4}"));
         if self.quiet && (step % LINE_EVERY == 0 || step == of) {
@@ -95,7 +100,9 @@ impl Course<'_> {
     }
 
     fn keep(&self, run: &Run) -> Result<(), Failure> {
-        let bytes = run.checkpoint().map_err(|error| Failure::new(error.to_string()))?;
+        let bytes = run
+            .checkpoint()
+            .map_err(|error| Failure::new(error.to_string()))?;
         self.work.keep(&bytes)
     }
 }

@@ -21,7 +21,10 @@ use crate::{
     api::{OutputFormat, encode_plain},
     config::Defaults,
     engine::{self, AdapterLoader},
-    pipeline::{Pipeline, request::{InvalidField, Limits}},
+    pipeline::{
+        Pipeline,
+        request::{InvalidField, Limits},
+    },
     registry::{AdapterName, Base, ManifestPatch, PutPolicy, Registry, Settings},
     telemetry::{self, LogFormat},
     training::{
@@ -46,11 +49,22 @@ pub(super) fn run(options: TrainOptions) -> Result<(), Failure> {
         .parse()
         .map_err(|error| Failure::usage(format!("--name: {error}")))?;
     let draft = options.draft()?;
-    let config = options.model.into_config(1, 1, Limits::default(), Defaults::default(), 0)?;
-    let opened = engine::open(&config.model, config.device, config.dtype, config.limits.clone());
-    let pipeline = opened.map_err(|error| Failure::new(error.to_string()))?.into_pipeline();
+    let config = options
+        .model
+        .into_config(1, 1, Limits::default(), Defaults::default(), 0)?;
+    let opened = engine::open(
+        &config.model,
+        config.device,
+        config.dtype,
+        config.limits.clone(),
+    );
+    let pipeline = opened
+        .map_err(|error| Failure::new(error.to_string()))?
+        .into_pipeline();
     let facts = ModelFacts::of(&pipeline);
-    let checked = draft.validate(&facts, &training::Limits::default()).map_err(refused)?;
+    let checked = draft
+        .validate(&facts, &training::Limits::default())
+        .map_err(refused)?;
 
     let runtime = super::runtime()?;
     let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
@@ -64,7 +78,8 @@ pub(super) fn run(options: TrainOptions) -> Result<(), Failure> {
     };
     // A name that is taken is said now, and not after the training.
     let admitted = runtime.block_on(registry.admit(&name, policy));
-    admitted.map_err(|error| Failure::new(format!("{error}; --replace puts this one in its place")))?;
+    admitted
+        .map_err(|error| Failure::new(format!("{error}; --replace puts this one in its place")))?;
 
     let files = files::from_path(&options.images, &ArchiveLimits::default());
     let files = files.map_err(|error| Failure::new(format!("--images: {error}")))?;
@@ -112,7 +127,14 @@ pub(super) fn run(options: TrainOptions) -> Result<(), Failure> {
         }),
         method: Some(trained.options.method.name().into()),
         recipe: serde_json::to_value(&trained.options).ok(),
-        trigger_words: Some(trained.options.trigger_words().into_iter().map(String::from).collect()),
+        trigger_words: Some(
+            trained
+                .options
+                .trigger_words()
+                .into_iter()
+                .map(String::from)
+                .collect(),
+        ),
         ..ManifestPatch::default()
     };
     let body = futures::stream::iter([Ok::<_, io::Error>(trained.file.into())]);
@@ -121,9 +143,14 @@ pub(super) fn run(options: TrainOptions) -> Result<(), Failure> {
         registry.put(&name, policy, patch, body, check).await?;
         registry.put_preview(&name, trained.preview).await
     };
-    runtime.block_on(published).map_err(|error| failed(&error))?;
+    runtime
+        .block_on(published)
+        .map_err(|error| failed(&error))?;
     work.forget()?;
-    println!("{}/{name}.safetensors", options.adapters.trim_end_matches('/'));
+    println!(
+        "{}/{name}.safetensors",
+        options.adapters.trim_end_matches('/')
+    );
     println!("lorikeet generate \"{}\" --adapter {name}", trained.prompt);
     Ok(())
 }
@@ -148,11 +175,20 @@ impl Trained {
             (false, true) => Format::Peft,
             (false, false) => Format::Kohya,
         };
-        let file = adapter.save(format, &BTreeMap::new()).map_err(|error| failed(&error))?;
+        let file = adapter
+            .save(format, &BTreeMap::new())
+            .map_err(|error| failed(&error))?;
         let prompt = options.example_prompt();
         let seed = options.samples.as_ref().map_or(0, |samples| samples.seed);
-        let picture = run.paint(pipeline, &prompt, seed).map_err(|error| failed(&error))?;
-        Ok(Self { options, file, preview: png(&picture)?, prompt })
+        let picture = run
+            .paint(pipeline, &prompt, seed)
+            .map_err(|error| failed(&error))?;
+        Ok(Self {
+            options,
+            file,
+            preview: png(&picture)?,
+            prompt,
+        })
     }
 }
 
@@ -163,14 +199,21 @@ fn png(picture: &RgbImage) -> Result<Vec<u8>, Failure> {
 
 /// A refused field under the name of its option.
 fn refused(error: InvalidField) -> Failure {
-    Failure::usage(format!("--{}: {}", error.field.replace('_', "-"), error.message))
+    Failure::usage(format!(
+        "--{}: {}",
+        error.field.replace('_', "-"),
+        error.message
+    ))
 }
 
 fn on_a_large_stack<T: Send>(run: impl FnOnce() -> T + Send) -> Result<T, Failure> {
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("training".into()).stack_size(STACK);
+        let thread = std::thread::Builder::new()
+            .name("training".into())
+            .stack_size(STACK);
         let thread = thread.spawn_scoped(scope, run);
-        let thread = thread.map_err(|error| Failure::new(format!("no thread to train on: {error}")))?;
+        let thread =
+            thread.map_err(|error| Failure::new(format!("no thread to train on: {error}")))?;
         match thread.join() {
             Ok(value) => Ok(value),
             Err(panic) => std::panic::resume_unwind(panic),

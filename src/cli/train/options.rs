@@ -46,61 +46,151 @@ pub(in crate::cli) struct TrainOptions {
     pub restart: bool,
 
     /// What the pictures show, with the word that will call it: "a zorp monster"
-    #[arg(long, env = "LORIKEET_INSTANCE_PROMPT", value_name = "TEXT", help_heading = "Words")]
+    #[arg(
+        long,
+        env = "LORIKEET_INSTANCE_PROMPT",
+        value_name = "TEXT",
+        help_heading = "Words"
+    )]
     instance_prompt: Option<String>,
     /// What they are one of: "a monster"; pictures of it are painted and trained along, so that the
     /// model keeps knowing others
-    #[arg(long, env = "LORIKEET_CLASS_PROMPT", value_name = "TEXT", help_heading = "Words")]
+    #[arg(
+        long,
+        env = "LORIKEET_CLASS_PROMPT",
+        value_name = "TEXT",
+        help_heading = "Words"
+    )]
     class_prompt: Option<String>,
     /// The word that is learned: "<zorp>"
-    #[arg(long, env = "LORIKEET_TOKEN", value_name = "WORD", help_heading = "Words")]
+    #[arg(
+        long,
+        env = "LORIKEET_TOKEN",
+        value_name = "WORD",
+        help_heading = "Words"
+    )]
     token: Option<String>,
     /// The word it begins as: "monster"
-    #[arg(long, env = "LORIKEET_INITIALIZER", value_name = "WORD", help_heading = "Words")]
+    #[arg(
+        long,
+        env = "LORIKEET_INITIALIZER",
+        value_name = "WORD",
+        help_heading = "Words"
+    )]
     initializer: Option<String>,
     /// Tokens that the learned word stands for [default: by the model's size]
-    #[arg(long, env = "LORIKEET_VECTORS", value_name = "N", help_heading = "Words")]
+    #[arg(
+        long,
+        env = "LORIKEET_VECTORS",
+        value_name = "N",
+        help_heading = "Words"
+    )]
     vectors: Option<u64>,
 
     /// Steps of the optimiser [default: by method and model]
-    #[arg(long, env = "LORIKEET_STEPS", value_name = "N", help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_STEPS",
+        value_name = "N",
+        help_heading = "Training"
+    )]
     steps: Option<u64>,
     /// Steps of pivotal tuning's first phase [default: by the model]
-    #[arg(long, env = "LORIKEET_EMBEDDING_STEPS", value_name = "N", help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_EMBEDDING_STEPS",
+        value_name = "N",
+        help_heading = "Training"
+    )]
     embedding_steps: Option<u64>,
     /// Pictures of a step [default: by the model]
-    #[arg(long, env = "LORIKEET_BATCH_SIZE", value_name = "N", help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_BATCH_SIZE",
+        value_name = "N",
+        help_heading = "Training"
+    )]
     batch_size: Option<u64>,
     /// Of the UNet's LoRA, or of the word [default: by method and model]
-    #[arg(long, env = "LORIKEET_LEARNING_RATE", value_name = "X", help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_LEARNING_RATE",
+        value_name = "X",
+        help_heading = "Training"
+    )]
     learning_rate: Option<f64>,
     /// Of the text encoder's LoRA [default: by method and model]
-    #[arg(long, env = "LORIKEET_TEXT_LEARNING_RATE", value_name = "X", help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_TEXT_LEARNING_RATE",
+        value_name = "X",
+        help_heading = "Training"
+    )]
     text_learning_rate: Option<f64>,
     /// Train the text encoder along [default: by method and model]
-    #[arg(long, env = "LORIKEET_TRAIN_TEXT_ENCODER", value_name = "true|false", help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_TRAIN_TEXT_ENCODER",
+        value_name = "true|false",
+        help_heading = "Training"
+    )]
     train_text_encoder: Option<bool>,
     /// How the learning rate goes [default: constant]
-    #[arg(long, env = "LORIKEET_LR_SCHEDULE", value_enum, help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_LR_SCHEDULE",
+        value_enum,
+        help_heading = "Training"
+    )]
     lr_schedule: Option<RateSchedule>,
     /// Steps in which it rises from zero
-    #[arg(long, env = "LORIKEET_WARMUP_STEPS", value_name = "N", help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_WARMUP_STEPS",
+        value_name = "N",
+        help_heading = "Training"
+    )]
     warmup_steps: Option<u64>,
     /// [default: adamw]
-    #[arg(long, env = "LORIKEET_OPTIMIZER", value_enum, help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_OPTIMIZER",
+        value_enum,
+        help_heading = "Training"
+    )]
     optimizer: Option<Rule>,
     /// Side of the pictures in pixels [default: the model's]
-    #[arg(long, env = "LORIKEET_RESOLUTION", value_name = "N", help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_RESOLUTION",
+        value_name = "N",
+        help_heading = "Training"
+    )]
     resolution: Option<u64>,
     /// What all chance comes from: the same seed gives the same file [default: random]
-    #[arg(long, env = "LORIKEET_SEED", value_name = "N", help_heading = "Training")]
+    #[arg(
+        long,
+        env = "LORIKEET_SEED",
+        value_name = "N",
+        help_heading = "Training"
+    )]
     seed: Option<u64>,
 
     /// [default: by the model]
-    #[arg(long, env = "LORIKEET_RANK", value_name = "N", help_heading = "Adapter")]
+    #[arg(
+        long,
+        env = "LORIKEET_RANK",
+        value_name = "N",
+        help_heading = "Adapter"
+    )]
     rank: Option<u64>,
     /// The delta is multiplied with alpha over the rank [default: the rank]
-    #[arg(long, env = "LORIKEET_ALPHA", value_name = "X", help_heading = "Adapter")]
+    #[arg(
+        long,
+        env = "LORIKEET_ALPHA",
+        value_name = "X",
+        help_heading = "Adapter"
+    )]
     alpha: Option<f64>,
     /// Which modules of the UNet get a delta [default: attention]
     #[arg(long, env = "LORIKEET_TARGETS", value_enum, help_heading = "Adapter")]
@@ -109,20 +199,46 @@ pub(in crate::cli) struct TrainOptions {
     #[arg(long, env = "LORIKEET_VARIANT", value_enum, help_heading = "Adapter")]
     variant: Option<Variant>,
     /// Divide alpha by the rank's root instead
-    #[arg(long, env = "LORIKEET_RSLORA", value_name = "true|false", help_heading = "Adapter")]
+    #[arg(
+        long,
+        env = "LORIKEET_RSLORA",
+        value_name = "true|false",
+        help_heading = "Adapter"
+    )]
     rslora: Option<bool>,
 
     /// What to paint on the way; several times for several
-    #[arg(long, env = "LORIKEET_SAMPLE_PROMPT", value_name = "TEXT", help_heading = "On the way")]
+    #[arg(
+        long,
+        env = "LORIKEET_SAMPLE_PROMPT",
+        value_name = "TEXT",
+        help_heading = "On the way"
+    )]
     sample_prompt: Vec<String>,
     /// Steps between two such pictures; 0 paints none
-    #[arg(long, env = "LORIKEET_SAMPLE_EVERY", value_name = "N", help_heading = "On the way")]
+    #[arg(
+        long,
+        env = "LORIKEET_SAMPLE_EVERY",
+        value_name = "N",
+        help_heading = "On the way"
+    )]
     sample_every: Option<u64>,
     /// Steps between two checkpoints
-    #[arg(long, env = "LORIKEET_CHECKPOINT_EVERY", value_name = "N", help_heading = "On the way")]
+    #[arg(
+        long,
+        env = "LORIKEET_CHECKPOINT_EVERY",
+        value_name = "N",
+        help_heading = "On the way"
+    )]
     checkpoint_every: Option<u64>,
     /// Where runs that are not finished lie: checkpoints and pictures painted on the way
-    #[arg(long, env = "LORIKEET_DATA", default_value = "data", value_name = "DIR", help_heading = "On the way")]
+    #[arg(
+        long,
+        env = "LORIKEET_DATA",
+        default_value = "data",
+        value_name = "DIR",
+        help_heading = "On the way"
+    )]
     pub data: PathBuf,
 
     /// Any other option, as listed below
@@ -136,7 +252,13 @@ pub(in crate::cli) struct TrainOptions {
     #[command(flatten, next_help_heading = "Model")]
     pub model: ModelOptions,
     /// What to log, by level and module
-    #[arg(long, env = "LORIKEET_LOG", default_value = "warn", value_name = "FILTER", help_heading = "Model")]
+    #[arg(
+        long,
+        env = "LORIKEET_LOG",
+        default_value = "warn",
+        value_name = "FILTER",
+        help_heading = "Model"
+    )]
     pub log: String,
 }
 
@@ -159,7 +281,10 @@ impl TrainOptions {
         Ok(TrainingDraft {
             method: Some(self.method),
             token: self.token.clone().or(others.token.clone()),
-            instance_prompt: self.instance_prompt.clone().or(others.instance_prompt.clone()),
+            instance_prompt: self
+                .instance_prompt
+                .clone()
+                .or(others.instance_prompt.clone()),
             class_prompt: self.class_prompt.clone().or(others.class_prompt.clone()),
             initializer: self.initializer.clone().or(others.initializer.clone()),
             vectors: self.vectors.or(others.vectors),

@@ -96,7 +96,10 @@ mod tests {
         // As another process finds it.
         let work = Work::open(data.path(), &name).unwrap();
         assert_eq!(work.checkpoint().unwrap().as_deref(), Some(&b"another"[..]));
-        assert_eq!(fs::read_dir(work.folder.join("incoming")).unwrap().count(), 0);
+        assert_eq!(
+            fs::read_dir(work.folder.join("incoming")).unwrap().count(),
+            0
+        );
         work.forget().unwrap();
         work.forget().unwrap();
         assert_eq!(work.checkpoint().unwrap(), None);

@@ -229,7 +229,11 @@ impl TrainingOptions {
     /// A prompt that shows what was learned.
     pub fn example_prompt(&self) -> String {
         let samples = self.samples.as_ref();
-        match (samples.and_then(|samples| samples.prompts.first()), &self.instance_prompt, &self.token) {
+        match (
+            samples.and_then(|samples| samples.prompts.first()),
+            &self.instance_prompt,
+            &self.token,
+        ) {
             (Some(prompt), _, _) => prompt.clone(),
             (None, Some(prompt), _) => prompt.clone(),
             (None, None, Some(token)) => format!("a photo of {token}"),
