@@ -8,6 +8,7 @@
 mod check;
 mod defaults;
 mod draft;
+mod phases;
 #[cfg(test)]
 mod tests;
 mod validate;
