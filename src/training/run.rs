@@ -177,7 +177,7 @@ impl Run {
             class_pictures: VecDeque::new(),
             class: Vec::new(),
             parameters: trainable.parameters(),
-            optimizer: optimizer(&options, &trainable),
+            optimizer: optimizer(&options, phase, &trainable),
             trainable,
             options,
             phase,
@@ -345,8 +345,10 @@ impl Run {
         let share = 1.0 / micro_batches as f32;
         sum.iter_mut().flatten().for_each(|number| *number *= share);
         let (at, of) = self.place();
-        // The first step moves what begins at zero; from the second on nothing is without a gradient.
-        if at == 1
+        // The first step that moves anything moves what begins at zero (that of a warm-up moves nothing);
+        // after it nothing is without a gradient.
+        let moved = 1 + u32::from(self.options.warmup_steps > 0);
+        if at == moved
             && let Some(still) = sum
                 .iter()
                 .position(|g| g.iter().all(|number| *number == 0.0))
@@ -382,7 +384,7 @@ impl Run {
         self.phase = Phase::Lora;
         self.trainable = trainable(model, &self.options, self.phase, words)?;
         self.parameters = self.trainable.parameters();
-        self.optimizer = optimizer(&self.options, &self.trainable);
+        self.optimizer = optimizer(&self.options, self.phase, &self.trainable);
         Ok(())
     }
 
@@ -670,10 +672,15 @@ fn trainable(
     Ok(trainable)
 }
 
-fn optimizer(options: &TrainingOptions, trainable: &Trainable) -> Optimizer {
+/// The rows of words do not decay: there is nothing at zero that they should come near.
+fn optimizer(options: &TrainingOptions, phase: Phase, trainable: &Trainable) -> Optimizer {
+    let mut settings = options.optimizer;
+    if phase == Phase::Word {
+        settings.weight_decay = 0.0;
+    }
     let parameters = trainable.parameters().into_iter();
     let sizes = parameters.map(|p| (p.name.clone(), p.var.elem_count()));
-    Optimizer::new(options.optimizer, sizes)
+    Optimizer::new(settings, sizes)
 }
 
 /// What a run is: two with the same go the same way.
