@@ -342,9 +342,12 @@ unsafe impl Rows for Patches<'_> {
             let y = (y * self.stride + ky).wrapping_sub(self.padding[0]);
             for kx in 0..self.kernel[1] {
                 let x = (x * self.stride + kx).wrapping_sub(self.padding[1]);
-                let seen = y < h && x < w && y % self.spread == 0 && x % self.spread == 0;
+                let seen = y < h
+                    && x < w
+                    && y.is_multiple_of(self.spread)
+                    && x.is_multiple_of(self.spread);
                 table[(ky * self.kernel[1] + kx) * stride] = if seen {
-                    let (y, x) = (y / self.spread >> halving, x / self.spread >> halving);
+                    let (y, x) = ((y / self.spread) >> halving, (x / self.spread) >> halving);
                     let pixel = (item * self.stored[0] + y) * self.stored[1] + x;
                     self.numbers[pixel * c..][..c].as_ptr()
                 } else {

@@ -106,7 +106,10 @@ impl Group {
             let at = piece(x, row);
             let (x, g) = (&x[at.clone()], &gradient[at]);
             let [s, p] = match self.silu {
-                true => inner_silu(self.level, x, g, weight, bias, mean, factor, inner),
+                true => {
+                    let affine = [weight, bias];
+                    inner_silu(self.level, x, g, affine, [mean, factor], inner)
+                }
                 false => inner_plain(self.level, x, g, weight, mean, factor, inner),
             };
             sum += f64::from(s);
@@ -157,8 +160,9 @@ vectorised! {
 
 vectorised! {
     /// [`inner_plain`] behind a SiLU.
-    fn inner_silu<FMA>(x: &[f32], g: &[f32], weight: &[f32], bias: &[f32], mean: f32, factor: f32,
-        inner: &mut [f32]) -> [f32; 2] {
+    fn inner_silu<FMA>(x: &[f32], g: &[f32], affine: [&[f32]; 2], moments: [f32; 2], inner: &mut [f32])
+        -> [f32; 2] {
+        let ([weight, bias], [mean, factor]) = (affine, moments);
         let (mut sum, mut product) = (0f32, 0f32);
         for ((((inner, x), g), w), b) in inner.iter_mut().zip(x).zip(g).zip(weight).zip(bias) {
             let normal = (x - mean) * factor;
