@@ -21,6 +21,7 @@
 //! | [`pictures`] | files of pictures become pixels, under limits | everything else |
 //! | [`adapters`] | adapter files become deltas by site, are mixed for one model, and are written | requests |
 //! | [`models`] | CLIP, UNet, VAE, tokenizer, reading them from a folder; what adapters add to their rows | requests |
+//! | [`training`] | gradients at the sites, objectives, data sets, optimisers, runs in slices that go on from a checkpoint | queues, HTTP |
 //! | [`ops`] | convolution, attention, norms, matrix products; the memory and threads they use | models |
 //!
 //! Dependencies point one way:
