@@ -7,7 +7,7 @@
 //!
 //! | room | what happens there | what it does not know |
 //! |---|---|---|
-//! | [`cli`] | `serve`, `generate`, `adapter`, `openapi`, `healthcheck`; options become a [`config::Config`] | |
+//! | [`cli`] | `serve`, `generate`, `train`, `adapter`, `openapi`, `healthcheck`; options become a [`config::Config`] | |
 //! | [`config`] | what the operator decides, checked once and passed whole | |
 //! | [`telemetry`] | logs and the metrics recorder | |
 //! | [`api`] | HTTP: routes, fields, answers, the table from errors to statuses | tensors |
@@ -27,7 +27,8 @@
 //! Dependencies point one way:
 //! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise}`, `engine -> {adapters,
 //! registry}`, `adapters -> models` and `models -> ops`; of the registry `pipeline` knows what holds a
-//! mixture in memory. The process-wide settings of `ops` (memory kept, threads) are made by `cli` and by
+//! mixture in memory. `cli -> training -> {pipeline, adapters, models, schedulers, ops}`: it paints its class
+//! pictures and samples as requests are painted. `jobs` and `registry` stand on `storage`. The process-wide settings of `ops` (memory kept, threads) are made by `cli` and by
 //! the idle device thread.
 //! Three types are all that passes between the upper rooms: a dialect's fields become a
 //! [`RequestDraft`], validation makes an [`ImageRequest`] of it, and the engine answers with
@@ -110,6 +111,21 @@
 //!    and `models/deltas.rs` adds at every site what each row's mixture says there. The weights
 //!    themselves are read and never written.
 //!
+//! # Fourth walk: a training's way
+//!
+//! `lorikeet train dreambooth --images DIR --name zorp --instance-prompt "a zorp monster"`.
+//!
+//! 1. **Checked.** Options become a [`TrainingDraft`], and [`TrainingDraft::validate`] fills in what suits
+//!    the method and the model's size; [`Dataset::open`] reads, checks and cuts the pictures.
+//! 2. **Prepared.** [`Run::slice`] paints the class's pictures where they are trained along, and encodes every
+//!    picture once.
+//! 3. **A step.** `training/material.rs` draws the batch, `training/step.rs` runs UNet and text encoder with
+//!    variables at their sites and goes back through `ops/gradient`; the optimiser brings new values.
+//! 4. **Kept.** [`Run::checkpoint`] is all that the next step depends on; the command line writes it aside,
+//!    syncs and renames it (`cli/train/work.rs`).
+//! 5. **Out.** [`Run::adapter`] is saved in the dialect most tools read, and [`Registry::put`] makes it
+//!    visible with its recipe and a preview.
+//!
 //! # Where to look when …
 //!
 //! - a picture differs from diffusers': `tests/reference` makes the golden files, and the
@@ -117,6 +133,7 @@
 //! - an adapter does not do what its tool says: `src/adapters/golden_tests.rs`; `lorikeet adapter
 //!   inspect` shows what was read, `verify` what is wrong with it.
 //! - a strange file does harm: `tests/fuzz` throws any bytes at the reader.
+//! - training goes another way than PEFT's: `src/training/gradient_tests.rs`, and `ops/gradient` part by part.
 //! - an answer is wrong: `tests/http` talks to real servers; `api/error.rs` has the table.
 //! - it is slow: `ops`, and `benches` for a run side by side with PyTorch.
 //!
@@ -148,6 +165,12 @@
 //! [`Registry::keep`]: registry::Registry::keep
 //! [`Registry::put`]: registry::Registry::put
 //! [`Wardrobe::dress`]: engine::Wardrobe::dress
+//! [`TrainingDraft`]: training::options::TrainingDraft
+//! [`TrainingDraft::validate`]: training::options::TrainingDraft::validate
+//! [`Dataset::open`]: training::dataset::Dataset::open
+//! [`Run::slice`]: training::Run::slice
+//! [`Run::checkpoint`]: training::Run::checkpoint
+//! [`Run::adapter`]: training::Run::adapter
 
 pub mod adapters;
 pub mod api;

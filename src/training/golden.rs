@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
 use crate::{
-    adapters::{Adapter, Axis, Change, Delta, Dialect, LowRank, Magnitude, TokenEmbedding},
+    adapters::{Adapter, Axis, Change, Delta, LowRank, Magnitude, TokenEmbedding},
     models::{Model, ModelSource},
 };
 
@@ -68,6 +68,14 @@ pub(super) struct Trajectory {
     pub warmup: usize,
     /// After which steps there are weights, `after-N/…`.
     pub kept: Vec<usize>,
+}
+
+/// Runs where there is room on the stack: candle walks the graph of a UNet recursively.
+pub(super) fn with_room(run: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::Builder::new().stack_size(256 << 20).spawn(run);
+    if let Err(panic) = thread.unwrap().join() {
+        std::panic::resume_unwind(panic);
+    }
 }
 
 /// All cases, those of the demo model only where it is compiled in.
@@ -200,14 +208,7 @@ impl Case {
             self.name,
             values.keys()
         );
-        Adapter {
-            deltas,
-            embeddings,
-            dialect: Dialect::Peft,
-            family: None,
-            unmatched: Vec::new(),
-            metadata: BTreeMap::new(),
-        }
+        Adapter::trained(deltas, embeddings)
     }
 }
 

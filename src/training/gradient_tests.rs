@@ -5,26 +5,16 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor};
 
 use super::{
-    Parameter, Passage, Rates, Trainable,
-    golden::{Case, assert_close, cases, model},
-    gradients,
+    golden::{Case, assert_close, cases, model, with_room},
     objective::Noised,
     optimizer::{Optimizer, RateSchedule, Rule, Settings},
-    step::Captions,
-    update,
+    step::{Captions, Passage, Rates, gradients, update},
+    trainable::{Parameter, Trainable},
 };
 use crate::{
     models::Model,
     schedulers::{NoiseLevels, PredictionType, SchedulerConfig},
 };
-
-/// candle walks the graph of a UNet recursively.
-fn with_room(run: impl FnOnce() + Send + 'static) {
-    let thread = std::thread::Builder::new().stack_size(256 << 20).spawn(run);
-    if let Err(panic) = thread.unwrap().join() {
-        std::panic::resume_unwind(panic);
-    }
-}
 
 fn levels(model: &Model, case: &Case) -> NoiseLevels {
     let config = SchedulerConfig::from_json(&model.scheduler_config).unwrap();

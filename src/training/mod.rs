@@ -1,8 +1,14 @@
 //! Training: pictures in, a servable adapter out.
 //!
-//! The model is the one that paints: [`Trainable`] hangs variables at its sites as a
-//! [`DeltaSet`](crate::models::DeltaSet), and the ways back are those of [`ops`](crate::ops). No weight of
-//! the base is ever a variable.
+//! [`options`] say what is to be done and [`dataset`] with which pictures; a [`Run`] does it, slice by
+//! slice, and goes on from its own checkpoints to the same bytes. A step draws all its chance from
+//! [`random`], so that nothing but values and moments is ever state.
+//!
+//! The model is the one that paints: `trainable.rs` hangs variables at its sites as a
+//! [`DeltaSet`](crate::models::DeltaSet), `step.rs` leads a batch through and back, and the ways back are
+//! those of [`ops`](crate::ops). No weight of the base is ever a variable. What is learned is an
+//! [`Adapter`](crate::adapters::Adapter) like any other, and pictures on the way are painted with it as
+//! requests are.
 
 mod captions;
 mod checkpoint;
@@ -11,6 +17,7 @@ pub mod dataset;
 mod golden;
 #[cfg(test)]
 mod gradient_tests;
+mod material;
 pub mod objective;
 pub mod optimizer;
 pub mod options;
@@ -26,5 +33,4 @@ mod trainable;
 
 pub use checkpoint::CheckpointError;
 pub use run::{Report, Run, RunError, Slice};
-pub use step::{Captions, Passage, Rates, StepError, gradients, update};
-pub use trainable::{Parameter, Part, Trainable};
+pub use step::{Rates, StepError};

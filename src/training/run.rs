@@ -4,29 +4,27 @@
 //! the device is free for others. A run depends on its options, its pictures and its model and on nothing
 //! else, so it can go on from a [`Run::checkpoint`] as if it had never stopped.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use image::RgbImage;
 use sha2::{Digest as _, Sha256};
 
 use super::{
     captions,
     checkpoint::{Checkpoint, CheckpointError, Head},
-    dataset::{self, Augment, Choice, Cut, Dataset},
+    dataset::Dataset,
+    material::{Material, Rows},
     objective::{Noised, weights},
     optimizer::{Optimizer, OptimizerError},
-    options::{Checkpointing, Crop, ModelFacts, TrainingOptions},
-    order::Order,
-    painting,
-    random::{Draw, Purpose},
-    start,
+    options::{Checkpointing, ModelFacts, TrainingOptions},
+    painting, start,
     step::{Captions, Passage, Rates, StepError, gradients, update},
     trainable::{Parameter, Trainable},
 };
 use crate::{
     adapters::{Adapter, TokenEmbedding},
-    models::{Model, Moments},
+    models::{Deltas, Model},
     pipeline::{Pipeline, PipelineError, Word},
     schedulers::{NoiseLevels, SchedulerConfig, SchedulerError},
 };
@@ -36,11 +34,6 @@ use crate::{
 const RECOMPUTE_ABOVE: u64 = 100_000_000;
 /// How fast the smoothed loss forgets.
 const SMOOTHING: f64 = 0.95;
-/// Seeds of class pictures begin here, far from those of samples.
-const CLASS_SEEDS: u64 = 1 << 32;
-/// Samples that belong to the class draw their numbers from this place of a batch on.
-const CLASS_PLACES: u64 = 1 << 20;
-
 /// What one slice did.
 #[derive(Debug, Clone)]
 pub enum Slice {
@@ -107,15 +100,7 @@ pub struct Run {
     /// Whether memory asks for gradient checkpointing.
     large: bool,
     levels: NoiseLevels,
-    dataset: Dataset,
-    /// Indices of the samples that are learned from.
-    learned: Vec<usize>,
-    /// Of pictures as steps see them, kept where there are few ways to see one.
-    latents: HashMap<(usize, Choice), Moments>,
-    class_pictures: VecDeque<RgbImage>,
-    class: Vec<Moments>,
-    order: Order,
-    class_order: Order,
+    material: Material,
     trainable: Trainable,
     parameters: Vec<Parameter>,
     optimizer: Optimizer,
@@ -135,12 +120,6 @@ impl Run {
         dataset: Dataset,
         checkpoint: Option<&[u8]>,
     ) -> Result<Self, RunError> {
-        let held_out = dataset.held_out(options.seed);
-        let mut learned: Vec<usize> = (0..dataset.samples.len()).collect();
-        learned.retain(|sample| !held_out.contains(sample));
-        if learned.is_empty() {
-            return Err(RunError::NoPictures);
-        }
         let model = pipeline.model();
         let config = SchedulerConfig::from_json(&model.scheduler_config)?;
         let levels = NoiseLevels::new(&config)?;
@@ -156,26 +135,13 @@ impl Run {
             true => Phase::Word,
             false => Phase::Lora,
         };
-        let of_sample = dataset.bucket_of();
-        let buckets: Vec<usize> = learned.iter().map(|&sample| of_sample[sample]).collect();
-        let size = options.batch_size as usize;
-        let class = options
-            .prior
-            .as_ref()
-            .map_or(0, |prior| prior.images as usize);
         let words = words(model, &options)?;
         let trainable = trainable(model, &options, phase, words)?;
         let mut run = Self {
             identity,
             large: ModelFacts::of(pipeline).unet_parameters > RECOMPUTE_ABOVE,
             levels,
-            order: Order::new(options.seed, &buckets, size),
-            class_order: Order::new(options.seed ^ CLASS_SEEDS, &vec![0; class], size),
-            dataset,
-            learned,
-            latents: HashMap::new(),
-            class_pictures: VecDeque::new(),
-            class: Vec::new(),
+            material: Material::new(&options, dataset)?,
             parameters: trainable.parameters(),
             optimizer: optimizer(&options, phase, &trainable),
             trainable,
@@ -282,43 +248,8 @@ impl Run {
         if self.step >= self.options.total_steps() {
             return Ok(Slice::Finished);
         }
-        let wanted = self
-            .options
-            .prior
-            .as_ref()
-            .map_or(0, |prior| prior.images as usize);
-        if let Some(prior) = &self.options.prior
-            && self.class.len() + self.class_pictures.len() < wanted
-        {
-            let done = self.class.len() + self.class_pictures.len();
-            let seed = self.options.seed.wrapping_add(CLASS_SEEDS + done as u64);
-            let (prompt, side) = (&prior.class_prompt, self.options.resolution);
-            let picture = painting::paint(pipeline, prompt, side, seed, None)?;
-            self.class_pictures.push_back(picture);
-            return Ok(Slice::ClassPicture {
-                done: done + 1,
-                of: wanted,
-            });
-        }
-        let model = pipeline.model();
-        let of = self.learned.len() + wanted;
-        // What differs by chance is encoded when its step comes.
-        let next = self.learned.iter().copied().find(|&sample| {
-            let choice = self.dataset.samples[sample].middle();
-            !self.latents.contains_key(&(sample, choice))
-        });
-        if let Some(sample) = next {
-            let choice = self.dataset.samples[sample].middle();
-            let moments = encode_cut(model, &self.dataset.samples[sample].cut(choice))?;
-            self.latents.insert((sample, choice), moments);
-            let done = self.learned.iter().take_while(|&&s| s <= sample).count();
-            return Ok(Slice::Encoded { done, of });
-        }
-        if let Some(picture) = self.class_pictures.pop_front() {
-            let pixels = crate::pipeline::to_tensor(&picture, &model.modules().device)?;
-            self.class.push(moments(model, &pixels)?);
-            let done = self.learned.len() + self.class.len();
-            return Ok(Slice::Encoded { done, of });
+        if let Some(slice) = self.material.prepare(pipeline, &self.options)? {
+            return Ok(slice);
         }
         self.train(pipeline).map(Slice::Step)
     }
@@ -330,7 +261,12 @@ impl Run {
         let (mut loss, mut sum) = (0.0, Vec::<Vec<f32>>::new());
         for micro in 0..micro_batches {
             let number = u64::from(self.step) * u64::from(micro_batches) + u64::from(micro);
-            for passage in self.passages(model, number)? {
+            let timesteps = self.levels.alphas_cumprod.len();
+            let batch = self
+                .material
+                .batch(model, &self.options, timesteps, number)?;
+            for rows in batch {
+                let passage = self.passage(model, rows)?;
                 let (part, found) = gradients(
                     model,
                     &self.levels,
@@ -416,113 +352,7 @@ impl Run {
         }
     }
 
-    /// The passages of a micro-batch: samples of one size, and class pictures with them where they have
-    /// it too.
-    fn passages(&mut self, model: &Model, number: u64) -> Result<Vec<Passage>, RunError> {
-        let samples = self.order.batch(number);
-        let weight = 1.0 / samples.len().max(1) as f64;
-        let mut own = Rows::default();
-        for (place, at) in samples.into_iter().enumerate() {
-            let (sample, place) = (self.learned[at], place as u64);
-            let caption = self.caption(sample, number, place);
-            let moments = self.look(model, sample, number, place)?;
-            own.push(self.row(model, &moments, caption, number, place)?, weight);
-        }
-        let mut class = Rows::default();
-        if let Some(prior) = &self.options.prior {
-            let samples = self.class_order.batch(number);
-            let weight = prior.weight / samples.len().max(1) as f64;
-            for (place, at) in samples.into_iter().enumerate() {
-                let place = CLASS_PLACES + place as u64;
-                let caption = prior.class_prompt.clone();
-                class.push(
-                    self.row(model, &self.class[at], caption, number, place)?,
-                    weight,
-                );
-            }
-        }
-        let mut all = Vec::new();
-        match (own.shape(), class.shape()) {
-            (Some(a), Some(b)) if a == b => own.append(class),
-            (_, Some(_)) => all.push(self.passage(model, class)?),
-            _ => {}
-        }
-        all.push(self.passage(model, own)?);
-        Ok(all)
-    }
-
-    fn caption(&self, sample: usize, number: u64, place: u64) -> String {
-        let options = &self.options;
-        match (
-            &self.dataset.samples[sample].caption,
-            &options.embedding,
-            &options.token,
-        ) {
-            (Some(caption), _, _) => {
-                dataset::Captions::of(options).vary(caption, options.seed, number, place)
-            }
-            (None, Some(word), Some(token)) => {
-                dataset::with_token(word.learnable, token, options.seed, number, place)
-            }
-            // The data set has seen to captions wherever templates make none.
-            (None, _, _) => String::new(),
-        }
-    }
-
-    /// A sample's latents as this step sees it.
-    fn look(
-        &mut self,
-        model: &Model,
-        sample: usize,
-        number: u64,
-        place: u64,
-    ) -> Result<Moments, RunError> {
-        let augment = Augment::of(&self.options);
-        let picture = &self.dataset.samples[sample];
-        let choice = augment.choose(picture, self.options.seed, number, place);
-        if let Some(moments) = self.latents.get(&(sample, choice)) {
-            return Ok(moments.clone());
-        }
-        let moments = encode_cut(model, &picture.cut(choice))?;
-        if augment.crop == Crop::Center {
-            self.latents.insert((sample, choice), moments.clone());
-        }
-        Ok(moments)
-    }
-
-    /// One sample of a batch, with numbers of its own.
-    fn row(
-        &self,
-        model: &Model,
-        moments: &Moments,
-        caption: String,
-        number: u64,
-        place: u64,
-    ) -> Result<Row, RunError> {
-        let options = &self.options;
-        let draw = |purpose| Draw::new(options.seed, number, place, purpose);
-        let normal = |purpose, shape: &[usize]| {
-            let count = shape.iter().product();
-            Tensor::from_vec(draw(purpose).normal(count), shape, &Device::Cpu)
-        };
-        let shape = moments.mean.dims();
-        let latent = (&moments.mean + (moments.std()? * normal(Purpose::Latent, shape)?)?)?;
-        let shift = model.vae.shift_factor().unwrap_or(0.0);
-        let clean = ((latent - shift)? * model.vae.scaling_factor())?;
-        let mut noise = normal(Purpose::Noise, shape)?;
-        if options.noise_offset != 0.0 {
-            let channels = normal(Purpose::NoiseOffset, &[1, 1, 1, shape[3]])?;
-            noise = noise.broadcast_add(&(channels * options.noise_offset)?)?;
-        }
-        let steps = self.levels.alphas_cumprod.len() as u64;
-        Ok(Row {
-            clean,
-            noise,
-            timestep: draw(Purpose::Timestep).below(steps) as usize,
-            caption,
-        })
-    }
-
+    /// Samples of one size, ready for the model.
     fn passage(&self, model: &Model, rows: Rows) -> Result<Passage, RunError> {
         let device = self.trainable.device();
         let join = |all: &[Tensor]| Tensor::cat(all, 0)?.to_device(device);
@@ -569,48 +399,8 @@ impl Run {
     fn encode(&self, model: &Model, ids: &[Vec<u32>]) -> candle_core::Result<Vec<Tensor>> {
         let encoder = &model.text_encoder;
         let embedded = encoder.embed(ids, self.trainable.rows()?.as_ref())?;
-        let hidden = encoder.encode(&embedded, 0, crate::models::Deltas::NONE)?;
+        let hidden = encoder.encode(&embedded, 0, Deltas::NONE)?;
         (0..ids.len()).map(|row| hidden.get(row)).collect()
-    }
-}
-
-/// One sample of a batch.
-struct Row {
-    clean: Tensor,
-    noise: Tensor,
-    timestep: usize,
-    caption: String,
-}
-
-/// Samples of one size.
-#[derive(Default)]
-struct Rows {
-    clean: Vec<Tensor>,
-    noise: Vec<Tensor>,
-    timesteps: Vec<usize>,
-    captions: Vec<String>,
-    weights: Vec<f64>,
-}
-
-impl Rows {
-    fn push(&mut self, row: Row, weight: f64) {
-        self.clean.push(row.clean);
-        self.noise.push(row.noise);
-        self.timesteps.push(row.timestep);
-        self.captions.push(row.caption);
-        self.weights.push(weight);
-    }
-
-    fn append(&mut self, mut other: Self) {
-        self.clean.append(&mut other.clean);
-        self.noise.append(&mut other.noise);
-        self.timesteps.append(&mut other.timesteps);
-        self.captions.append(&mut other.captions);
-        self.weights.append(&mut other.weights);
-    }
-
-    fn shape(&self) -> Option<&[usize]> {
-        self.clean.first().map(Tensor::dims)
     }
 }
 
@@ -623,22 +413,6 @@ fn add(sum: &mut Vec<Vec<f32>>, more: Vec<Vec<f32>>) {
     for (sum, more) in sum.iter_mut().flatten().zip(more.iter().flatten()) {
         *sum += more;
     }
-}
-
-/// A cut's latents, on the host.
-fn encode_cut(model: &Model, cut: &Cut) -> Result<Moments, RunError> {
-    let shape = (1, cut.height, cut.width, 3);
-    let pixels = Tensor::from_slice(&cut.values, shape, &model.modules().device)?;
-    moments(model, &pixels)
-}
-
-fn moments(model: &Model, pixels: &Tensor) -> Result<Moments, RunError> {
-    let moments = model.vae.encode(pixels)?;
-    let host = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32);
-    Ok(Moments {
-        mean: host(&moments.mean)?,
-        logvar: host(&moments.logvar)?,
-    })
 }
 
 /// Words with the rows of their initializer.
@@ -699,8 +473,5 @@ fn identity(options: &TrainingOptions, dataset: &Dataset, model: &Model) -> Stri
         part(&[sample.caption.is_some().into()]);
         part(sample.caption.as_deref().unwrap_or_default().as_bytes());
     }
-    hash.finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    format!("{:x}", hash.finalize())
 }

@@ -7,6 +7,7 @@ use candle_core::{DType, Device};
 use super::{
     Report, Run, RunError, Slice,
     dataset::{ArchiveLimits, Dataset, files},
+    golden::with_room,
     options::{Limits, Method, ModelFacts, TrainingDraft, TrainingOptions},
 };
 use crate::{
@@ -14,14 +15,6 @@ use crate::{
     models::{Model, ModelSource},
     pipeline::Pipeline,
 };
-
-fn with_room<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
-    let thread = std::thread::Builder::new().stack_size(256 << 20).spawn(run);
-    match thread.unwrap().join() {
-        Ok(value) => value,
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
-}
 
 fn demo() -> Pipeline {
     let model = Model::load(&ModelSource::Demo, &Device::Cpu, DType::F32).unwrap();
