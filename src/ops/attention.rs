@@ -90,26 +90,44 @@ fn flash(tensors: [&Tensor; 3], heads: usize, depth: usize, causal: bool) -> Res
         .reshape(q.shape())
 }
 
+/// What an attention is over.
 #[derive(Debug, Clone, Copy)]
-struct Shape {
-    batch: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
+pub(super) struct Shape {
+    pub batch: usize,
+    pub queries: usize,
+    pub keys: usize,
+    pub heads: usize,
     /// Of one head.
-    depth: usize,
-    causal: bool,
+    pub depth: usize,
+    pub causal: bool,
 }
 
 impl Shape {
+    /// Where the first row of a head of a batch item begins, among `rows` queries or keys of each.
+    pub fn start(&self, item: usize, rows: usize) -> usize {
+        let width = self.heads * self.depth;
+        item / self.heads * rows * width + item % self.heads * self.depth
+    }
+
+    /// Scores are multiplied with this.
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.depth as f32).sqrt()
+    }
+
+    /// How many keys a query sees.
+    pub fn seen(&self, query: usize) -> usize {
+        match self.causal {
+            true => (query + 1).min(self.keys),
+            false => self.keys,
+        }
+    }
+
     /// # Safety
     /// `out` has room for as many numbers as `q`; all of them are written.
     unsafe fn attend(&self, kernel: &Kernel, q: &[f32], k: &[f32], v: &[f32], out: Out) {
         let (d, width) = (self.depth, self.heads * self.depth);
         let items = self.batch * self.heads;
-        // Where a head's first row begins, in rows of queries or of keys.
-        let start =
-            |item: usize, rows: usize| item / self.heads * rows * width + item % self.heads * d;
+        let start = |item, rows| self.start(item, rows);
         let packed: Vec<OnceLock<[Packed; 2]>> = (0..items).map(|_| OnceLock::new()).collect();
         let pack = |item: usize| {
             let at = start(item, self.keys);
@@ -175,27 +193,23 @@ impl Shape {
     /// Turns rows of scores, from query `first` on, into `e^((s - max) / sqrt(d))`; the sums of the
     /// rows are what is left to divide by.
     fn softmax(&self, level: Level, first: usize, scores: &mut [f32]) -> Vec<f32> {
-        let scale = 1.0 / (self.depth as f32).sqrt();
         scores
             .chunks_exact_mut(self.keys)
             .enumerate()
             .map(|(row, scores)| {
-                let seen = match self.causal {
-                    true => (first + row + 1).min(self.keys),
-                    false => self.keys,
-                };
-                let (seen, unseen) = scores.split_at_mut(seen);
+                let (seen, unseen) = scores.split_at_mut(self.seen(first + row));
                 unseen.fill(0.0);
-                exponentials(level, seen, scale)
+                let [_, sum] = exponentials(level, seen, self.scale());
+                sum
             })
             .collect()
     }
 }
 
 vectorised! {
-    /// `e^(scale (s - max))` in place of every score, and the sum of them: sixteen interleaved sums,
-    /// joined in order.
-    fn exponentials<FMA>(scores: &mut [f32], scale: f32) -> f32 {
+    /// `e^(scale (s - max))` in place of every score; the largest score and the sum of them: sixteen
+    /// interleaved sums, joined in order.
+    fn exponentials<FMA>(scores: &mut [f32], scale: f32) -> [f32; 2] {
         const LANES: usize = 16;
         let larger = |a: f32, b: f32| if a > b { a } else { b };
         let (whole, rest) = scores.as_chunks::<LANES>();
@@ -218,6 +232,6 @@ vectorised! {
             *s = exp::<FMA>((*s - top) * scale);
             *sum += *s;
         }
-        sums.iter().sum()
+        [top, sums.iter().sum()]
     }
 }

@@ -4,6 +4,7 @@
 use candle_core::{D, DType, Result, Tensor};
 
 use super::graft;
+use crate::ops::attention::{Shape, exponentials};
 use crate::ops::gemm::{self, Matrix, Packed};
 use crate::ops::kernel::Kernel;
 use crate::ops::simd::{exp, vectorised};
@@ -85,23 +86,7 @@ pub(super) struct Row {
     product: f32,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Shape {
-    batch: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
-    depth: usize,
-    causal: bool,
-}
-
 impl Shape {
-    /// Where a head's first row begins.
-    fn start(&self, item: usize, rows: usize) -> usize {
-        let width = self.heads * self.depth;
-        item / self.heads * rows * width + item % self.heads * self.depth
-    }
-
     fn matrix<'a>(&self, numbers: &'a [f32], item: usize, rows: usize) -> Matrix<'a> {
         Matrix {
             numbers: &numbers[self.start(item, rows)..],
@@ -118,10 +103,6 @@ impl Shape {
     fn columns(&self, numbers: &[f32], item: usize, rows: usize) -> Packed {
         let width = self.heads * self.depth;
         Packed::of_columns(&numbers[self.start(item, rows)..], width, self.depth, rows)
-    }
-
-    fn scale(&self) -> f32 {
-        1.0 / (self.depth as f32).sqrt()
     }
 
     /// Writes the gradient of the queries, and what the softmax of each was made with.
@@ -160,14 +141,11 @@ impl Shape {
                     for i in 0..count {
                         let at = start + (first + i) * width;
                         let product = dot(kernel.level, &y[at..at + d], &g[at..at + d]);
-                        let seen = match self.causal {
-                            true => (first + i + 1).min(self.keys),
-                            false => self.keys,
-                        };
+                        let seen = self.seen(first + i);
                         let (scores, unseen) =
                             scores[i * self.keys..][..self.keys].split_at_mut(seen);
                         unseen.fill(0.0);
-                        let [top, sum] = softmax(kernel.level, scores, self.scale());
+                        let [top, sum] = exponentials(kernel.level, scores, self.scale());
                         let row = Row {
                             top,
                             factor: 1.0 / sum,
@@ -309,28 +287,6 @@ vectorised! {
             *sum += a * b;
         }
         sums.iter().sum()
-    }
-}
-
-vectorised! {
-    /// `e^(scale (s - max))` in place of every score; the largest and the sum of them.
-    fn softmax<FMA>(scores: &mut [f32], scale: f32) -> [f32; 2] {
-        const LANES: usize = 16;
-        let larger = |a: f32, b: f32| if a > b { a } else { b };
-        let top = scores.iter().fold(f32::NEG_INFINITY, |a, b| larger(*b, a));
-        let mut sums = [0f32; LANES];
-        let (whole, rest) = scores.as_chunks_mut::<LANES>();
-        for s in whole {
-            for l in 0..LANES {
-                s[l] = exp::<FMA>((s[l] - top) * scale);
-                sums[l] += s[l];
-            }
-        }
-        for (s, sum) in rest.iter_mut().zip(&mut sums) {
-            *s = exp::<FMA>((*s - top) * scale);
-            *sum += *s;
-        }
-        [top, sums.iter().sum()]
     }
 }
 
