@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -25,6 +25,21 @@ pub(crate) fn create(folder: &Path) -> io::Result<(PathBuf, File)> {
 pub(crate) fn complete(file: &File) -> io::Result<()> {
     file.set_modified(SystemTime::now())?;
     file.sync_all()
+}
+
+/// Puts a file in its place, over another: written in `staging` and synced, then renamed. The folder is the
+/// caller's to sync: until then the name can be lost with the power.
+pub(crate) fn replace(staging: &Path, target: &Path, bytes: &[u8]) -> io::Result<()> {
+    let (path, mut file) = create(staging)?;
+    let put = file
+        .write_all(bytes)
+        .and_then(|()| complete(&file))
+        .and_then(|()| fs::rename(&path, target));
+    if put.is_err() {
+        // What is left of it is only in the way.
+        let _ = fs::remove_file(&path);
+    }
+    put
 }
 
 /// Makes the staging folder, but none above it: a store that is gone is not to come back empty.

@@ -44,15 +44,7 @@ impl Work {
     /// whole.
     pub fn keep(&self, checkpoint: &[u8]) -> Result<(), Failure> {
         let put = || -> io::Result<()> {
-            let (path, mut file) = aside::create(&self.folder.join("incoming"))?;
-            let written = io::Write::write_all(&mut file, checkpoint)
-                .and_then(|()| aside::complete(&file))
-                .and_then(|()| fs::rename(&path, self.place()));
-            if written.is_err() {
-                // What is left of it is only in the way.
-                let _ = fs::remove_file(&path);
-            }
-            written?;
+            aside::replace(&self.folder.join("incoming"), &self.place(), checkpoint)?;
             // The name is on the disk with its folder.
             File::open(&self.folder)?.sync_all()
         };

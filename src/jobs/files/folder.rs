@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, ErrorKind, Read as _, Write as _},
+    io::{self, ErrorKind, Read as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
@@ -35,28 +35,19 @@ impl Folder {
     /// Whole and on the disk, or not at all: written aside, synced, renamed; and then the folders, or
     /// the name could be lost with the power.
     pub fn put(&self, job: JobId, name: &FileName, bytes: &[u8]) -> Result<(), StoreFault> {
-        let (path, mut file) = aside::create(&self.staging)?;
-        let written = file
-            .write_all(bytes)
-            .and_then(|()| aside::complete(&file))
-            .and_then(|()| {
-                let target = self.of(job).join(name.as_str());
-                let folder = target.parent().unwrap_or(&self.root);
-                fs::create_dir_all(folder)?;
-                fs::rename(&path, &target)?;
-                for above in folder.ancestors() {
-                    File::open(above)?.sync_all()?;
-                    if above == self.root {
-                        break;
-                    }
-                }
-                Ok(())
-            });
-        if written.is_err() {
-            // Where it was renamed already there is nothing left to remove.
-            let _ = fs::remove_file(&path);
+        let target = self.of(job).join(name.as_str());
+        let folder = target.parent().unwrap_or(&self.root);
+        // First: it fails where the root is gone, which the job's folder is not to bring back.
+        aside::prepare(&self.staging)?;
+        fs::create_dir_all(folder)?;
+        aside::replace(&self.staging, &target, bytes)?;
+        for above in folder.ancestors() {
+            File::open(above)?.sync_all()?;
+            if above == self.root {
+                break;
+            }
         }
-        Ok(written?)
+        Ok(())
     }
 
     pub fn get(&self, job: JobId, name: &FileName) -> Result<Option<Vec<u8>>, StoreFault> {
