@@ -171,7 +171,11 @@ fn same(site: &str, ours: &Delta, theirs: &Delta) {
     assert!(magnitude(ours) == magnitude(theirs), "{site}: magnitude");
 }
 
+/// As f32, which has every value of the types that files may have.
 fn values(tensor: &Tensor) -> Vec<f32> {
-    let flat = tensor.flatten_all().and_then(|flat| flat.to_vec1());
-    flat.expect("every tensor is f32")
+    let wide = tensor
+        .to_dtype(DType::F32)
+        .and_then(|wide| wide.flatten_all());
+    let numbers = wide.and_then(|wide| wide.to_vec1());
+    numbers.expect("f32, on the host")
 }
