@@ -44,6 +44,7 @@ pub fn open_engine(config: &Config) -> Result<Booted, BootError> {
         // A guided picture is two rows, so these are twice as many pictures as fit a forward: those of
         // another size, which step in turns, need not wait for a free place.
         max_running: config.max_batch,
+        ..EngineConfig::default()
     })?;
     Ok(Booted {
         painter: Arc::new(engine),

@@ -128,6 +128,11 @@ impl Admission {
         self.changed.notify_all();
     }
 
+    /// Ends a [`wait`](Self::wait): there is something else to do.
+    pub fn wake(&self) {
+        self.changed.notify_all();
+    }
+
     /// Whether nothing waits and nothing more will come.
     pub fn finished(&self) -> bool {
         let state = self.lock();

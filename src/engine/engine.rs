@@ -17,19 +17,21 @@ use super::{
     AdapterUse, Drained, EngineStats, Health, Job, ModelInfo, Painter, Progress, SubmitError,
     admission::{Admission, Refused, Ticket},
     backend::Backend,
+    slices::Slices,
     worker::Worker,
 };
 use crate::pipeline::request::ImageRequest;
 
-/// candle walks its graphs by recursion, and debug builds have large frames.
-const WORKER_STACK: usize = 64 << 20;
+/// candle walks the graph of a model recursively on the way back: hundreds of bytes for each of its
+/// operations, and debug builds have large frames. What is not used costs addresses and no memory.
+const WORKER_STACK: usize = 256 << 20;
 
 /// Bounds of Retry-After. OpenAI's client obeys it up to two minutes.
 const SOONEST: Duration = Duration::from_secs(1);
 const LATEST: Duration = Duration::from_secs(120);
 
 /// How much the engine takes on at a time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EngineConfig {
     /// Jobs that may wait; one more is refused with [`SubmitError::QueueFull`].
     pub queue: usize,
@@ -39,6 +41,8 @@ pub struct EngineConfig {
     /// Pictures in progress before further jobs wait. With `max_rows / 2` every picture steps in
     /// every forward; more lets pictures of several sizes take turns.
     pub max_running: usize,
+    /// Share of the device's time, from 0 to 0.95, that [`Slices`] get while pictures are painted.
+    pub training_share: f64,
 }
 
 impl Default for EngineConfig {
@@ -47,6 +51,7 @@ impl Default for EngineConfig {
             queue: 64,
             max_rows: 16,
             max_running: 8,
+            training_share: 0.5,
         }
     }
 }
@@ -141,13 +146,26 @@ impl Engine {
         info: ModelInfo,
         config: EngineConfig,
     ) -> io::Result<Self> {
+        Self::start_shared(backend, info, config).map(|(engine, _)| engine)
+    }
+
+    /// The same, with a way to have other work done on the device beside painting.
+    ///
+    /// # Errors
+    /// When the system grants no thread.
+    pub fn start_shared<B: Backend>(
+        backend: B,
+        info: ModelInfo,
+        config: EngineConfig,
+    ) -> io::Result<(Self, Slices<B>)> {
         let shared = Arc::new(Shared::new(config));
-        let worker = Worker::new(backend, shared.clone());
+        let (slices, work) = Slices::new(shared.clone());
+        let worker = Worker::new(backend, shared.clone(), work, config.training_share);
         thread::Builder::new()
             .name("device".into())
             .stack_size(WORKER_STACK)
             .spawn(move || worker.run())?;
-        Ok(Self { shared, info })
+        Ok((Self { shared, info }, slices))
     }
 }
 

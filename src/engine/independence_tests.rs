@@ -304,6 +304,7 @@ async fn the_engine_paints_in_company_what_it_paints_alone() {
         queue: requests.len(),
         max_rows: 7,
         max_running: 6,
+        ..EngineConfig::default()
     };
     let engine = Engine::start(single, info, config).unwrap();
     let mut jobs = Vec::new();

@@ -15,11 +15,14 @@ mod mixer;
 mod open;
 mod painter;
 mod pipeline_backend;
+mod slices;
 mod wardrobe;
 mod worker;
 
 #[cfg(all(test, feature = "demo-model"))]
 mod independence_tests;
+#[cfg(test)]
+mod slice_tests;
 #[cfg(all(test, feature = "demo-model"))]
 mod swap_tests;
 #[cfg(all(test, feature = "demo-model"))]
@@ -34,4 +37,5 @@ pub use loader::{AdapterLoader, AdapterRegistry};
 pub use mixer::{Mixer, MixerError, Portion};
 pub use open::{DeviceChoice, OpenError, Opened, Precision, open};
 pub use painter::{AdapterUse, Drained, EngineStats, ModelInfo, Painter};
+pub use slices::{Outcome, Slices, Work, WorkError, Working};
 pub use wardrobe::{OnMissing, Wardrobe, WardrobeError};

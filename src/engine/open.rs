@@ -9,7 +9,7 @@ use std::{
 
 use candle_core::{DType, Device};
 
-use super::{AdapterLoader, Engine, EngineConfig, Mixer, ModelInfo};
+use super::{AdapterLoader, Engine, EngineConfig, Mixer, ModelInfo, Slices};
 use crate::{
     adapters::AdapterError,
     models::{LoadError, Model, ModelSource},
@@ -71,6 +71,19 @@ impl Opened {
     /// When the system grants no thread.
     pub fn start(self, config: EngineConfig) -> io::Result<Engine> {
         Engine::start(self.pipeline, self.info, config)
+    }
+
+    /// Starts the engine, with a way to have other work done on its device.
+    ///
+    /// # Errors
+    /// When the system grants no thread.
+    pub fn start_shared(self, config: EngineConfig) -> io::Result<(Engine, Slices<Pipeline>)> {
+        Engine::start_shared(self.pipeline, self.info, config)
+    }
+
+    /// What will paint.
+    pub fn pipeline(&self) -> &Pipeline {
+        &self.pipeline
     }
 }
 

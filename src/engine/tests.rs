@@ -129,7 +129,7 @@ impl Backend for Fake {
     }
 }
 
-fn info() -> ModelInfo {
+pub(super) fn info() -> ModelInfo {
     ModelInfo {
         name: "fake".into(),
         hash: "0".into(),

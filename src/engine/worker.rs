@@ -5,7 +5,7 @@ use std::{
     any::Any,
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, PoisonError, atomic::Ordering::Relaxed},
+    sync::{Arc, PoisonError, atomic::Ordering::Relaxed, mpsc},
     time::{Duration, Instant},
 };
 
@@ -18,6 +18,7 @@ use super::{
     backend::{Backend, BackendError},
     batcher::{self, Candidate},
     engine::Shared,
+    slices::{Attached, Outcome, Side, WorkError},
 };
 use crate::ops;
 
@@ -76,6 +77,8 @@ pub(super) struct Worker<B: Backend> {
     since: Option<Instant>,
     /// Looks at an empty queue since the last step.
     idle_looks: u32,
+    /// What the device does beside painting.
+    side: Side<B>,
 }
 
 /// Turns a panic into an error: nothing unwinds out of a backend call.
@@ -93,8 +96,15 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 }
 
 impl<B: Backend> Worker<B> {
-    pub fn new(backend: B, shared: Arc<Shared>) -> Self {
+    /// `share` of the time is for slices of `work` while pictures are painted.
+    pub fn new(
+        backend: B,
+        shared: Arc<Shared>,
+        work: mpsc::Receiver<Attached<B>>,
+        share: f64,
+    ) -> Self {
         Self {
+            side: Side::new(work, share),
             backend,
             shared,
             jobs: Vec::new(),
@@ -113,6 +123,7 @@ impl<B: Backend> Worker<B> {
         // Also runs if our own code panics, so that nobody waits for a thread that is gone.
         let _end = EndOfWork(self.shared.clone());
         while self.shared.is_healthy() {
+            let began = Instant::now();
             self.forget_abandoned();
             // A decode takes about as long as a step, and so may a beginning. Between two steps they
             // get as long as the step took, and one of each always happens: a crowd that comes or
@@ -128,14 +139,62 @@ impl<B: Backend> Worker<B> {
                 self.since = None;
                 if self.shared.admission.finished() {
                     info!("queue closed and empty; the device worker stops");
+                    self.leave();
                     break;
                 }
-                self.shared.admission.wait(IDLE_LOOK);
-                self.rest();
+                if self.side.has_work() {
+                    self.idle_looks = 0;
+                    self.slice();
+                    self.side.settle();
+                } else {
+                    self.shared.admission.wait(IDLE_LOOK);
+                    self.rest();
+                }
+                continue;
+            }
+            self.side.painted(began.elapsed());
+            while self.shared.is_healthy() && self.side.due() {
+                self.slice();
             }
         }
+        let why = match self.shared.is_healthy() {
+            true => WorkError::Ended,
+            false => WorkError::Broken,
+        };
+        self.side.end_all(&why);
         for job in &mut self.jobs {
             job.settle(Err(JobError::Failed("the device is out of order".into())));
+        }
+    }
+
+    /// One slice of the work beside painting. Whatever goes wrong in it ends that work alone.
+    fn slice(&mut self) {
+        let (backend, side) = (&mut self.backend, &mut self.side);
+        let Err(error) = side.slice(|work| guarded(|| work.slice(backend))) else {
+            return;
+        };
+        error!(%error, "work beside painting failed");
+        self.check_device();
+        self.side.end(Err(match self.shared.is_healthy() {
+            true => WorkError::Failed(error.to_string()),
+            false => WorkError::Broken,
+        }));
+    }
+
+    /// Lets the work beside painting keep what it has.
+    fn leave(&mut self) {
+        if !self.side.has_work() {
+            return;
+        }
+        let backend = &mut self.backend;
+        let left = self.side.slice(|work| {
+            guarded(|| {
+                work.leave(backend);
+                Ok(Outcome::More)
+            })
+        });
+        if let Err(error) = left {
+            error!(%error, "work beside painting could not be left in order");
         }
     }
 

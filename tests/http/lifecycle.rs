@@ -32,6 +32,7 @@ fn narrow() -> Arc<dyn Painter> {
         queue: 1,
         max_rows: 2,
         max_running: 1,
+        ..EngineConfig::default()
     };
     let limits = Limits {
         max_steps: 1000,
