@@ -15,6 +15,8 @@
 //! | [`pipeline`] | from a checked request to pixels, one evaluation of the model at a time | threads |
 //! | [`registry`] | where adapters live: folder or object store, memory tiers, leases | tensors, HTTP |
 //! | [`jobs`] | durable jobs on SQLite or PostgreSQL: queue, lease, events, webhooks, files | tensors, training, HTTP |
+//! | [`training`] | pictures become an adapter, slice by slice | threads, jobs |
+//! | [`trainer`] | training jobs: from the queue over the device into the registry | HTTP |
 //! | [`storage`] | what a folder and S3 are to every room that keeps files there | adapters, jobs |
 //! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
 //! | [`noise`] | PyTorch's random numbers | everything else |
@@ -187,4 +189,5 @@ pub mod registry;
 pub mod schedulers;
 pub mod storage;
 pub mod telemetry;
+pub mod trainer;
 pub mod training;

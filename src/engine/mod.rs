@@ -28,7 +28,7 @@ mod swap_tests;
 #[cfg(all(test, feature = "demo-model"))]
 mod test_adapters;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use backend::{Backend, BackendError, LatentShape, View};
 pub use engine::{Engine, EngineConfig};

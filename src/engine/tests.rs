@@ -129,7 +129,7 @@ impl Backend for Fake {
     }
 }
 
-pub(super) fn info() -> ModelInfo {
+pub(crate) fn info() -> ModelInfo {
     ModelInfo {
         name: "fake".into(),
         hash: "0".into(),

@@ -5,7 +5,6 @@ mod options;
 mod work;
 
 use std::{
-    collections::BTreeMap,
     io::{self, IsTerminal as _},
     sync::{
         Arc,
@@ -17,20 +16,16 @@ use image::RgbImage;
 
 use super::{Failure, store::open_store};
 use crate::{
-    adapters::Format,
-    api::{OutputFormat, encode_plain},
     config::Defaults,
     engine::{self, AdapterLoader},
-    pipeline::{
-        Pipeline,
-        request::{InvalidField, Limits},
-    },
-    registry::{AdapterName, Base, ManifestPatch, PutPolicy, Registry, Settings},
+    pipeline::request::{InvalidField, Limits},
+    registry::{AdapterName, PutPolicy, Registry, Settings},
     telemetry::{self, LogFormat},
+    trainer::{self, Trained},
     training::{
         Run,
         dataset::{ArchiveLimits, Dataset, files},
-        options::{self as training, ModelFacts, TrainingOptions},
+        options::{self as training, ModelFacts},
     },
 };
 use course::Course;
@@ -70,7 +65,7 @@ pub(super) fn run(options: TrainOptions) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
     let loader = AdapterLoader::new(pipeline.model()).map_err(|error| failed(&error))?;
     let store = open_store(&options.adapters)?;
-    let registry = Registry::open(store, loader.clone(), Settings::default());
+    let registry = Registry::open(store, loader, Settings::default());
     let registry = runtime.block_on(registry).map_err(|error| failed(&error))?;
     let policy = match options.replace {
         true => PutPolicy::Upsert,
@@ -117,32 +112,11 @@ pub(super) fn run(options: TrainOptions) -> Result<(), Failure> {
             error => Failure::new(error.to_string()),
         })?;
         course.follow(&mut run, &pipeline)?;
-        Trained::of(&run, &pipeline)
+        Trained::of(&run, &pipeline).map_err(|error| failed(&error))
     })??;
 
-    let patch = ManifestPatch {
-        base: Some(Base {
-            family: None,
-            hash: Some(pipeline.model().hash.clone()),
-        }),
-        method: Some(trained.options.method.name().into()),
-        recipe: serde_json::to_value(&trained.options).ok(),
-        trigger_words: Some(
-            trained
-                .options
-                .trigger_words()
-                .into_iter()
-                .map(String::from)
-                .collect(),
-        ),
-        ..ManifestPatch::default()
-    };
-    let body = futures::stream::iter([Ok::<_, io::Error>(trained.file.into())]);
-    let published = async {
-        let check = move |bytes, manifest: &mut _| loader.read(bytes, manifest).map(|_| ());
-        registry.put(&name, policy, patch, body, check).await?;
-        registry.put_preview(&name, trained.preview).await
-    };
+    let prompt = trained.prompt.clone();
+    let published = trained.publish(&registry, &name, policy);
     runtime
         .block_on(published)
         .map_err(|error| failed(&error))?;
@@ -151,50 +125,12 @@ pub(super) fn run(options: TrainOptions) -> Result<(), Failure> {
         "{}/{name}.safetensors",
         options.adapters.trim_end_matches('/')
     );
-    println!("lorikeet generate \"{}\" --adapter {name}", trained.prompt);
+    println!("lorikeet generate \"{prompt}\" --adapter {name}");
     Ok(())
 }
 
-/// What a finished run leaves.
-struct Trained {
-    options: TrainingOptions,
-    file: Vec<u8>,
-    /// A PNG.
-    preview: Vec<u8>,
-    prompt: String,
-}
-
-impl Trained {
-    fn of(run: &Run, pipeline: &Pipeline) -> Result<Self, Failure> {
-        let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
-        let options = run.options().clone();
-        let adapter = run.adapter().map_err(|error| failed(&error))?;
-        // Each as most tools read it.
-        let format = match (adapter.deltas.is_empty(), adapter.embeddings.is_empty()) {
-            (true, _) => Format::Embeddings,
-            (false, true) => Format::Peft,
-            (false, false) => Format::Kohya,
-        };
-        let file = adapter
-            .save(format, &BTreeMap::new())
-            .map_err(|error| failed(&error))?;
-        let prompt = options.example_prompt();
-        let seed = options.samples.as_ref().map_or(0, |samples| samples.seed);
-        let picture = run
-            .paint(pipeline, &prompt, seed)
-            .map_err(|error| failed(&error))?;
-        Ok(Self {
-            options,
-            file,
-            preview: png(&picture)?,
-            prompt,
-        })
-    }
-}
-
 fn png(picture: &RgbImage) -> Result<Vec<u8>, Failure> {
-    encode_plain(picture, OutputFormat::Png, None)
-        .map_err(|error| Failure::new(format!("cannot encode a picture: {error}")))
+    trainer::png(picture).map_err(|error| Failure::new(format!("cannot encode a picture: {error}")))
 }
 
 /// A refused field under the name of its option.
