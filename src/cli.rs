@@ -4,6 +4,7 @@ mod adapter;
 mod boot;
 mod generate;
 mod healthcheck;
+mod jobs;
 mod openapi;
 mod options;
 mod serve;

@@ -28,6 +28,8 @@ pub struct Config {
     pub defaults: Defaults,
     /// Memory on the device for mixtures of adapters, in bytes.
     pub device_adapter_bytes: u64,
+    /// Share of the device's time that training gets while pictures are painted.
+    pub training_share: f64,
 }
 
 /// The operator's defaults for requests, in place of the model's own.
@@ -169,6 +171,7 @@ mod tests {
             limits: Limits::default(),
             defaults: Defaults::default(),
             device_adapter_bytes: 1 << 30,
+            training_share: 0.3,
         }
     }
 

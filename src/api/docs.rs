@@ -30,6 +30,7 @@ use super::ApiError;
     tags(
         (name = "images", description = "Painting"),
         (name = "adapters", description = "Adapters: upload, look, change, download"),
+        (name = "training", description = "Training: pictures in, an adapter out"),
         (name = "models", description = "What can be named in `model`"),
         (name = "operations", description = "For supervisors, load balancers and monitoring")
     )

@@ -4,9 +4,7 @@ use std::borrow::Cow;
 
 use axum::{
     body::Body,
-    extract::{
-        DefaultBodyLimit, FromRequest as _, Multipart, Request, State, multipart::MultipartError,
-    },
+    extract::{DefaultBodyLimit, FromRequest as _, Multipart, Request, State},
     http::request::Parts,
     response::Response,
 };
@@ -25,6 +23,7 @@ use super::{
     fields::{Fields, wrong},
     paint::{self, ImageAnswer, Order, Route},
     parameters::ImageParameters,
+    parts::{broken, text},
     sse::ImageEvent,
 };
 use crate::pictures::{PictureError, decode_image, decode_mask};
@@ -97,7 +96,7 @@ pub(super) async fn edit_image(
     State(state): State<AppState>,
     request: Request<Body>,
 ) -> Result<Response, ApiError> {
-    let painter = state.painter()?.clone();
+    let painter = state.easel()?.clone();
     let (parts, body) = request.into_parts();
     let headers = parts.headers.clone();
     let content_type = body::content_type(&headers);
@@ -160,7 +159,6 @@ fn several(field: impl Into<Cow<'static, str>>) -> ApiError {
 }
 
 async fn read_form(parts: Parts, bytes: Vec<u8>) -> Result<Sent, ApiError> {
-    let broken = |error: MultipartError| ApiError::BrokenForm(error.body_text());
     // The whole body is here and within its limit, so the extractor's own is put aside.
     let mut request = Request::from_parts(parts, Body::from(bytes));
     DefaultBodyLimit::disable().apply(&mut request);
@@ -190,11 +188,8 @@ async fn read_form(parts: Parts, bytes: Vec<u8>) -> Result<Sent, ApiError> {
                 }
             }
             _ => {
-                let value = part.bytes().await.map_err(broken)?;
-                let Ok(text) = String::from_utf8(value.to_vec()) else {
-                    return Err(ApiError::field(clip(&name), "must be text in UTF-8"));
-                };
-                if map.insert(name.clone(), Value::String(text)).is_some() {
+                let value = Value::String(text(part, &name).await?);
+                if map.insert(name.clone(), value).is_some() {
                     return Err(several(clip(&name)));
                 }
             }

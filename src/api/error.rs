@@ -10,11 +10,13 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::refusals;
+use super::{job_refusals, refusals, state::UPLOADS};
 use crate::{
     engine::{JobError, SubmitError},
+    jobs::{self, JobId},
     pipeline::request::InvalidField,
     registry::RegistryError,
+    trainer::DeskError,
 };
 
 /// What a client reads of every 500.
@@ -63,8 +65,25 @@ pub enum ApiError {
          do without: they are loaded when a picture needs them"
     )]
     LoraLoadingOff,
+    #[error("this server trains nothing; start it with --data DIR and a place for adapters")]
+    NoTraining,
+    #[error("this process only trains (--role train); ask another replica for pictures")]
+    TrainsOnly,
+    #[error(
+        "{UPLOADS} sets of pictures are arriving already; try again in {} s",
+        seconds(COME_BACK)
+    )]
+    Uploading,
+    #[error("{message}")]
+    Awaited { message: String },
+    #[error("{message}")]
+    NoCheckpoint { message: String },
+    #[error("the job `{job}` has no such sample; GET /v1/training/jobs/{job}/samples lists them")]
+    NoSuchSample { job: JobId },
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    #[error(transparent)]
+    Jobs(#[from] jobs::JobError),
     /// Any of these that a field of the request brought about.
     #[error("{error}")]
     Of {
@@ -109,6 +128,7 @@ impl ApiError {
         const SERVER: &str = "server_error";
         let (status, kind, code) = match self {
             Registry(error) => return refusals::row(error),
+            Jobs(error) => return job_refusals::row(error),
             Of { error, .. } => return error.row(),
             BrokenJson { .. } => (StatusCode::BAD_REQUEST, INVALID, "invalid_json"),
             BrokenForm(_) => (StatusCode::BAD_REQUEST, INVALID, "invalid_multipart"),
@@ -130,6 +150,16 @@ impl ApiError {
             NoSuchModel { .. } => (StatusCode::NOT_FOUND, INVALID, "model_not_found"),
             NoAdapters => (StatusCode::NOT_FOUND, INVALID, "no_adapter_store"),
             LoraLoadingOff => (StatusCode::NOT_FOUND, INVALID, "lora_loading_off"),
+            NoTraining => (StatusCode::NOT_FOUND, INVALID, "no_training"),
+            TrainsOnly => (StatusCode::SERVICE_UNAVAILABLE, SERVER, "trains_only"),
+            Uploading => (
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate_limit_error",
+                "uploads_full",
+            ),
+            Awaited { .. } => (StatusCode::CONFLICT, INVALID, "adapter_exists"),
+            NoCheckpoint { .. } => (StatusCode::CONFLICT, INVALID, "no_checkpoint"),
+            NoSuchSample { .. } => (StatusCode::NOT_FOUND, INVALID, "sample_not_found"),
             QueueFull { .. } => (
                 StatusCode::TOO_MANY_REQUESTS,
                 "rate_limit_error",
@@ -168,6 +198,8 @@ impl ApiError {
             Self::UnsupportedMediaType { .. } => Some("Content-Type"),
             Self::NoSuchModel { .. } => Some("model"),
             Self::Registry(error) => refusals::param(error),
+            Self::Jobs(error) => job_refusals::param(error),
+            Self::Awaited { .. } => Some("name"),
             _ => None,
         }
     }
@@ -177,8 +209,14 @@ impl ApiError {
         match self {
             Self::QueueFull { retry_after } => Some(*retry_after),
             Self::Registry(error) => refusals::retry_after(error),
+            Self::Jobs(error) => job_refusals::retry_after(error),
             Self::Of { error, .. } => error.retry_after(),
-            Self::Loading | Self::Draining | Self::Broken | Self::Cancelled => Some(COME_BACK),
+            Self::Loading
+            | Self::Draining
+            | Self::Broken
+            | Self::Cancelled
+            | Self::Uploading
+            | Self::TrainsOnly => Some(COME_BACK),
             _ => None,
         }
     }
@@ -188,6 +226,7 @@ impl ApiError {
         match self {
             Self::Internal(_) => INTERNAL.into(),
             Self::Registry(error) => refusals::message(error),
+            Self::Jobs(error) => job_refusals::message(error).unwrap_or_else(|| INTERNAL.into()),
             Self::Of { error, .. } => error.client_message(),
             other => other.to_string(),
         }
@@ -212,6 +251,9 @@ impl ApiError {
             Self::Of { error, .. } => error.log(),
             Self::Internal(cause) => tracing::error!(cause, "request failed"),
             Self::Registry(error) if refusals::is_secret(error) => {
+                tracing::error!(%error, "request failed");
+            }
+            Self::Jobs(error) if job_refusals::is_secret(error) => {
                 tracing::error!(%error, "request failed");
             }
             _ => {}
@@ -258,6 +300,24 @@ impl From<JobError> for ApiError {
             JobError::Cancelled => Self::Cancelled,
             JobError::Failed(cause) => Self::Internal(cause),
             JobError::Invalid { field, message } => Self::field(field, message),
+        }
+    }
+}
+
+impl From<DeskError> for ApiError {
+    fn from(error: DeskError) -> Self {
+        match error {
+            DeskError::Field(error) => error.into(),
+            DeskError::Pictures(error) => Self::field("images", error.to_string()),
+            DeskError::Awaited { .. } => Self::Awaited {
+                message: error.to_string(),
+            },
+            DeskError::NoCheckpoint(_) => Self::NoCheckpoint {
+                message: error.to_string(),
+            },
+            DeskError::Registry(error) => error.into(),
+            DeskError::Jobs(error) => error.into(),
+            DeskError::Internal(cause) => Self::Internal(cause),
         }
     }
 }

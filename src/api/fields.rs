@@ -123,6 +123,11 @@ impl Fields {
         }
     }
 
+    /// Everything that nobody took.
+    pub(super) fn into_map(self) -> Map<String, Value> {
+        self.0
+    }
+
     /// The names nobody took.
     pub(super) fn left_over(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)

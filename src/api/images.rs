@@ -41,7 +41,7 @@ pub(super) async fn create_image(
     State(state): State<AppState>,
     request: Request<Body>,
 ) -> Result<Response, ApiError> {
-    let painter = state.painter()?;
+    let painter = state.easel()?;
     let (parts, body) = request.into_parts();
     let content_type = body::content_type(&parts.headers);
     if !body::is_json(&content_type) {

@@ -19,16 +19,20 @@ mod error;
 mod fields;
 mod health;
 mod images;
+mod incoming;
+mod job_refusals;
 mod layers;
 mod metadata;
 mod metrics;
 mod models;
 mod paint;
 mod parameters;
+mod parts;
 mod refusals;
 mod serve;
 mod sse;
 mod state;
+mod training;
 mod vllm;
 
 use axum::{Router, routing::get};
@@ -49,6 +53,7 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(models::list_models))
         .routes(routes!(models::get_model))
         .merge(adapters::routes())
+        .merge(training::routes())
         .routes(routes!(vllm::load_lora_adapter))
         .routes(routes!(vllm::unload_lora_adapter))
         .routes(routes!(health::livez))

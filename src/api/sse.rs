@@ -25,7 +25,7 @@ use super::{
 use crate::engine::{Job, JobError, Picture, Progress};
 
 /// Proxies cut connections that are silent for a minute or less.
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// An event of a streamed answer.
 #[derive(Debug, Serialize, ToSchema)]

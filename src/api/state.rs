@@ -13,7 +13,10 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 
 use super::ApiError;
-use crate::engine::{AdapterRegistry, Health, Painter, Wardrobe};
+use crate::{
+    engine::{AdapterRegistry, Health, Painter, Wardrobe},
+    trainer::Desk,
+};
 
 /// How the HTTP layer behaves; the operator's choices.
 #[derive(Debug, Clone)]
@@ -28,6 +31,10 @@ pub struct HttpSettings {
     pub cors_origins: Vec<HeaderValue>,
     /// Whether vLLM's routes may bring adapters into memory and out of it.
     pub lora_loading: bool,
+    /// Whether pictures are painted for clients: not by a process that only trains.
+    pub paints: bool,
+    /// Bytes of a training job's pictures together.
+    pub max_training_upload: u64,
 }
 
 impl Default for HttpSettings {
@@ -38,12 +45,16 @@ impl Default for HttpSettings {
             paint_timeout: Duration::from_secs(600),
             cors_origins: Vec::new(),
             lora_loading: false,
+            paints: true,
+            max_training_upload: 256 << 20,
         }
     }
 }
 
 /// Uploads decoded at once: each may hold the decoder's whole memory allowance.
 const DECODERS: usize = 4;
+/// Training jobs' pictures taken in at once: of each upload one file is in memory.
+pub(super) const UPLOADS: usize = 4;
 
 /// Shared by all handlers; cheap to clone.
 #[derive(Clone)]
@@ -52,10 +63,12 @@ pub struct AppState(Arc<Shared>);
 struct Shared {
     painter: OnceLock<Arc<dyn Painter>>,
     wardrobe: OnceLock<Arc<Wardrobe>>,
+    desk: OnceLock<Arc<Desk>>,
     draining: AtomicBool,
     settings: HttpSettings,
     metrics: PrometheusHandle,
     decoders: Arc<Semaphore>,
+    uploads: Arc<Semaphore>,
 }
 
 /// Where the server stands, as the probes tell it.
@@ -73,10 +86,12 @@ impl AppState {
         Self(Arc::new(Shared {
             painter: OnceLock::new(),
             wardrobe: OnceLock::new(),
+            desk: OnceLock::new(),
             draining: AtomicBool::new(false),
             settings,
             metrics,
             decoders: Arc::new(Semaphore::new(DECODERS)),
+            uploads: Arc::new(Semaphore::new(UPLOADS)),
         }))
     }
 
@@ -94,6 +109,20 @@ impl AppState {
         }
     }
 
+    /// Puts the place in where training jobs are handed in, before the model. A second call changes
+    /// nothing.
+    pub fn set_desk(&self, desk: Arc<Desk>) {
+        if self.0.desk.set(desk).is_err() {
+            tracing::warn!("training jobs are taken in already; the second place is dropped");
+        }
+    }
+
+    /// Where training jobs are handed in: 503 until the model is loaded, 404 on a server without.
+    pub(super) fn desk(&self) -> Result<&Arc<Desk>, ApiError> {
+        self.painter()?;
+        self.0.desk.get().ok_or(ApiError::NoTraining)
+    }
+
     /// The model's adapters: 503 until it is loaded, 404 on a server without a place for them.
     pub(super) fn wardrobe(&self) -> Result<&Arc<Wardrobe>, ApiError> {
         self.painter()?;
@@ -108,6 +137,14 @@ impl AppState {
     /// The loaded model, or 503.
     pub(super) fn painter(&self) -> Result<&Arc<dyn Painter>, ApiError> {
         self.0.painter.get().ok_or(ApiError::Loading)
+    }
+
+    /// The loaded model, to paint with: 503 where nothing is painted for clients.
+    pub(super) fn easel(&self) -> Result<&Arc<dyn Painter>, ApiError> {
+        match self.0.settings.paints {
+            true => self.painter(),
+            false => Err(ApiError::TrainsOnly),
+        }
     }
 
     /// Where the adapters live; errors as those of [`AppState::wardrobe`].
@@ -127,8 +164,16 @@ impl AppState {
         self.0.decoders.clone()
     }
 
+    pub(super) fn uploads(&self) -> Arc<Semaphore> {
+        self.0.uploads.clone()
+    }
+
+    pub(super) fn is_draining(&self) -> bool {
+        self.0.draining.load(Ordering::SeqCst)
+    }
+
     pub(super) fn stage(&self) -> Stage {
-        if self.0.draining.load(Ordering::SeqCst) {
+        if self.is_draining() {
             return Stage::Draining;
         }
         match self.0.painter.get() {

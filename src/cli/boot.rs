@@ -5,7 +5,9 @@ use std::{io, sync::Arc};
 use crate::{
     adapters::AdapterError,
     config::{Config, InvalidOption},
-    engine::{self, AdapterLoader, EngineConfig, Mixer, OpenError, Painter},
+    engine::{self, AdapterLoader, EngineConfig, Mixer, OpenError, Painter, Slices},
+    pipeline::Pipeline,
+    training::options::ModelFacts,
 };
 
 /// Why the engine did not open.
@@ -25,6 +27,10 @@ pub enum BootError {
 /// A running engine, and what its model's adapters need.
 pub struct Booted {
     pub painter: Arc<dyn Painter>,
+    /// The way to the device for work beside painting.
+    pub slices: Slices<Pipeline>,
+    /// What the model says about training it.
+    pub facts: ModelFacts,
     pub loader: AdapterLoader,
     pub mixer: Arc<Mixer>,
 }
@@ -38,16 +44,19 @@ pub fn open_engine(config: &Config) -> Result<Booted, BootError> {
         .apply(&mut opened.info.defaults, &config.limits)?;
     let loader = opened.adapter_loader().map_err(Box::new)?;
     let mixer = opened.mixer(config.device_adapter_bytes);
-    let engine = opened.start(EngineConfig {
+    let facts = ModelFacts::of(opened.pipeline());
+    let (engine, slices) = opened.start_shared(EngineConfig {
         queue: config.queue,
         max_rows: config.max_batch,
         // A guided picture is two rows, so these are twice as many pictures as fit a forward: those of
         // another size, which step in turns, need not wait for a free place.
         max_running: config.max_batch,
-        ..EngineConfig::default()
+        training_share: config.training_share,
     })?;
     Ok(Booted {
         painter: Arc::new(engine),
+        slices,
+        facts,
         loader,
         mixer,
     })

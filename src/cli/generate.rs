@@ -229,6 +229,7 @@ pub(super) fn run(options: GenerateOptions) -> Result<(), Failure> {
         painter,
         loader,
         mixer,
+        ..
     } = booted;
     let info = painter.info();
     let mut request = draft

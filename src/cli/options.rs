@@ -59,6 +59,7 @@ impl ModelOptions {
             limits,
             defaults,
             device_adapter_bytes,
+            training_share: 0.0,
         }
         .validate()?;
         if let Some(threads) = config.threads {

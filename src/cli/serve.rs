@@ -3,11 +3,12 @@
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::http::HeaderValue;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch, time};
 
 use super::{
     Failure,
-    boot::{Booted, open_engine},
+    boot::open_engine,
+    jobs::{self, JobOptions, JobPlace, Role},
     options::{ModelOptions, scheduler, seconds, size},
     store::{Place, StoreOptions},
 };
@@ -41,6 +42,9 @@ pub(super) struct ServeOptions {
 
     #[command(flatten, next_help_heading = "Adapters")]
     adapters: StoreOptions,
+
+    #[command(flatten, next_help_heading = "Training")]
+    jobs: JobOptions,
 
     /// Address and port; port 0 takes a free one and the log says which
     #[arg(
@@ -177,6 +181,8 @@ pub(super) fn run(options: ServeOptions) -> Result<(), Failure> {
         paint_timeout: options.paint_timeout,
         cors_origins: options.cors_origins,
         lora_loading: options.adapters.allow_lora_loading,
+        paints: options.jobs.role != Role::Train,
+        max_training_upload: options.jobs.max_training_upload(),
     };
     let drain = Drain {
         delay: options.drain_delay,
@@ -194,18 +200,21 @@ pub(super) fn run(options: ServeOptions) -> Result<(), Failure> {
         guidance_scale: options.default_guidance,
         scheduler: options.default_scheduler,
     };
-    let config = options.model.into_config(
+    let mut config = options.model.into_config(
         options.max_batch,
         options.queue,
         limits,
         defaults,
         u64::from(options.device_adapter_memory) << 20,
     )?;
+    config.training_share = options.jobs.training_share;
+    let jobs = options.jobs.open()?;
     let place = options.adapters.open()?;
     let runtime = super::runtime()?;
     let result = runtime.block_on(serve(
         config,
         place,
+        jobs,
         options.listen,
         AppState::loading(settings, metrics),
         drain,
@@ -218,6 +227,7 @@ pub(super) fn run(options: ServeOptions) -> Result<(), Failure> {
 async fn serve(
     config: Config,
     place: Option<Place>,
+    jobs: Option<JobPlace>,
     listen: SocketAddr,
     state: AppState,
     drain: Drain,
@@ -230,45 +240,65 @@ async fn serve(
         .map_err(|error| Failure::new(format!("cannot listen on {listen}: {error}")))?;
     tracing::info!("listening on http://{address}, loading the model");
     let signal = signal()?;
+    let stop = watch::Sender::new(false);
+    let stopping = stop.clone();
+    // Training stops at the signal: another replica can go on with it while this one drains.
+    let signal = async move {
+        signal.await;
+        stopping.send_replace(true);
+    };
+    let stopped = stop.subscribe();
     let loading = tokio::task::spawn_blocking(move || open_engine(&config));
     let load = {
         let state = state.clone();
         async move {
-            let Booted {
-                painter,
-                loader,
-                mixer,
-            } = loading
+            let booted = loading
                 .await
                 .map_err(|error| Failure::new(format!("loading the model failed: {error}")))?
                 .map_err(|error| Failure::new(error.to_string()))?;
-            let mut keeper = None;
+            let (mut keeper, mut working) = (None, None);
             if let Some(place) = place {
-                let registry = place.search(loader).await?;
+                let registry = place.search(booted.loader.clone()).await?;
                 tracing::info!(adapters = registry.all().len(), "adapters found");
                 keeper = Some(registry.keep());
-                state.set_wardrobe(Arc::new(Wardrobe::new(registry, mixer)));
+                if let Some(jobs) = jobs {
+                    let workshop = jobs.open(&booted, registry.clone()).await?;
+                    let (desk, trainer, courier) = workshop.into_parts();
+                    state.set_desk(desk);
+                    working = Some(tokio::spawn(jobs::work(trainer, courier, stopped)));
+                }
+                let wardrobe = Wardrobe::new(registry, booted.mixer.clone());
+                state.set_wardrobe(Arc::new(wardrobe));
+            } else if jobs.is_some() {
+                tracing::warn!("serving without training: there is no place for adapters");
             }
-            let info = painter.info();
+            let info = booted.painter.info();
             tracing::info!(
                 model = info.name,
                 device = info.device,
                 "ready at http://{address}"
             );
-            state.set_painter(painter);
-            Ok::<_, Failure>(keeper)
+            state.set_painter(booted.painter.clone());
+            Ok::<_, Failure>((keeper, working))
         }
     };
-    // Follows what others change in the store, for as long as this serves.
-    let _keeper;
+    // The first follows what others change in the store, for as long as this serves.
+    let (_keeper, working);
+    let timeout = drain.timeout;
     let mut serving = std::pin::pin!(api::serve(listener, state, drain, signal));
     tokio::select! {
         result = &mut serving => return result.map_err(|error| Failure::new(error.to_string())),
-        loaded = load => _keeper = loaded?,
+        loaded = load => (_keeper, working) = loaded?,
     }
-    serving
-        .await
-        .map_err(|error| Failure::new(error.to_string()))
+    let served = serving.await;
+    // However serving ended.
+    stop.send_replace(true);
+    if let Some(working) = working
+        && time::timeout(timeout, working).await.is_err()
+    {
+        tracing::warn!("a training job is left as it is; it goes on from its last checkpoint");
+    }
+    served.map_err(|error| Failure::new(error.to_string()))
 }
 
 /// Resolves on SIGTERM or Ctrl-C. A second one ends the process at once.

@@ -12,7 +12,7 @@ use crate::{
 /// Where adapters lie when the operator does not say.
 pub(super) const DEFAULT: &str = "adapters";
 /// Waits between attempts to reach the store at the start, half a minute in all.
-const WAITS: [u64; 5] = [1, 2, 4, 8, 15];
+pub(super) const WAITS: [u64; 5] = [1, 2, 4, 8, 15];
 const MIB: u64 = 1 << 20;
 
 /// Where adapters live, and within which bounds.

@@ -23,6 +23,13 @@ impl JobId {
     pub fn fresh() -> Self {
         Self(Uuid::now_v7())
     }
+
+    /// When it was made, in milliseconds since 1970 by the maker's clock; unknown of one that
+    /// [`JobId::fresh`] did not make.
+    pub fn made_at(self) -> Option<i64> {
+        let (seconds, nanos) = self.0.get_timestamp()?.to_unix();
+        i64::try_from(seconds * 1000 + u64::from(nanos) / 1_000_000).ok()
+    }
 }
 
 impl fmt::Display for JobId {

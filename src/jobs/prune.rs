@@ -6,6 +6,8 @@ use super::{JobError, JobFiles, JobId, Jobs, clock::millis, store::args};
 
 /// How many are looked up at once.
 const AT_ONCE: i64 = 100;
+/// Files of no job that are older than this were left by a request that did not become one.
+const ORPHANED: Duration = Duration::from_secs(24 * 3600);
 
 impl Jobs {
     /// Removes jobs that ended longer ago than `keep_for`, with their events and their files; names
@@ -42,5 +44,25 @@ impl Jobs {
                 }
             }
         }
+    }
+
+    /// Removes the files of jobs that never came to be: pictures are stored before their job is, and a
+    /// process can die in between. Names whose they were.
+    pub async fn sweep(&self, files: &JobFiles) -> Result<Vec<JobId>, JobError> {
+        let mut removed = Vec::new();
+        for id in files.jobs().await? {
+            let before = self.db().read().await?.now().await? - millis(ORPHANED);
+            if id.made_at().is_none_or(|made| made > before) {
+                continue;
+            }
+            match self.get(id).await {
+                Err(JobError::NotFound(_)) => {
+                    files.delete_all(id).await?;
+                    removed.push(id);
+                }
+                other => drop(other?),
+            }
+        }
+        Ok(removed)
     }
 }

@@ -11,11 +11,7 @@ impl Jobs {
     /// Puts a job into the queue. The same request made again, told by its idempotency key or by its
     /// id, gives the job that there is.
     pub async fn submit(&self, new: NewJob) -> Result<Submitted, JobError> {
-        new.check()?;
-        if let Some(url) = &new.webhook {
-            let checked = self.settings().webhooks.check(url);
-            checked.map_err(|reason| JobError::invalid("webhook", reason))?;
-        }
+        self.check(&new)?;
         let mut tx = self.db().write().await?;
         tx.alone_in_submitting().await?;
         if let Some(job) = before(&mut tx, &new).await? {
@@ -28,6 +24,21 @@ impl Jobs {
         self.ring(&job);
         let created = true;
         Ok(Submitted { job, created })
+    }
+
+    /// Whether a job says nothing that [`Jobs::submit`] would refuse.
+    pub fn check(&self, new: &NewJob) -> Result<(), JobError> {
+        new.check()?;
+        if let Some(url) = &new.webhook {
+            let checked = self.settings().webhooks.check(url);
+            checked.map_err(|reason| JobError::invalid("webhook", reason))?;
+        }
+        Ok(())
+    }
+
+    /// The job that this very request made before, if it did.
+    pub async fn made_before(&self, new: &NewJob) -> Result<Option<Job>, JobError> {
+        before(&mut self.db().read().await?, new).await
     }
 
     async fn room_for(&self, tx: &mut Tx, kind: &str) -> Result<(), JobError> {

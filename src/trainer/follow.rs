@@ -19,7 +19,7 @@ use tokio::{
 use super::{
     Trainer,
     publish::{Trained, png},
-    task::{self as files, Task},
+    task::{self as names, Task},
     tuition::{Beginning, Failure, News, Sample, Signals, Tuition},
 };
 use crate::{
@@ -192,7 +192,11 @@ impl<'a> Course<'a> {
                 }
                 News::Slice(slice) => self.advanced(&slice, &mut pace).await?,
                 News::Sample(sample) => self.sample(sample).await?,
-                News::Checkpoint { step, bytes } => self.keep(step, bytes.into()).await?,
+                News::Checkpoint {
+                    step,
+                    bytes,
+                    adapter,
+                } => self.keep(step, bytes.into(), adapter.into()).await?,
                 News::Trained(done) => trained = Some(done),
                 News::Failed(why) => failure = Some(why),
             }
@@ -244,7 +248,7 @@ impl<'a> Course<'a> {
             Ok(Err(error)) => return refuse("invalid_pictures", error.to_string()),
             Err(error) => return refuse("internal_error", error.to_string()),
         };
-        let name = named(files::checkpoint())?;
+        let name = named(names::checkpoint())?;
         let checkpoint = insist(|| self.trainer.files.get(job.id, &name)).await?;
         Ok(Ok(Beginning {
             options: task.options,
@@ -282,7 +286,7 @@ impl<'a> Course<'a> {
             prompt,
             picture,
         } = sample;
-        let name = named(files::sample(step, index))?;
+        let name = named(names::sample(step, index))?;
         let encoded = task::spawn_blocking(move || png(&picture)).await;
         let Ok(Ok(bytes)) = encoded else {
             tracing::warn!(?encoded, "a sample cannot be encoded");
@@ -303,10 +307,14 @@ impl<'a> Course<'a> {
         self.append("sample", data).await
     }
 
-    async fn keep(&self, step: u32, bytes: Bytes) -> Result<(), JobError> {
-        let name = named(files::checkpoint())?;
+    async fn keep(&self, step: u32, bytes: Bytes, adapter: Bytes) -> Result<(), JobError> {
+        let name = named(names::checkpoint())?;
         let (job, files) = (self.lease.job().id, &self.trainer.files);
         let kept = insist(|| files.put(job, &name, bytes.clone())).await;
+        let kept = match kept {
+            Ok(()) => self.keep_adapter(step, adapter).await,
+            error => error,
+        };
         self.signals.keeping.store(false, Relaxed);
         match kept {
             Ok(()) => self.append("checkpoint", json!({ "step": step })).await,
@@ -321,6 +329,19 @@ impl<'a> Course<'a> {
         }
     }
 
+    /// Puts what has been learned so far in the place of what had been before.
+    async fn keep_adapter(&self, step: u32, adapter: Bytes) -> Result<(), JobError> {
+        let (job, files) = (self.lease.job().id, &self.trainer.files);
+        let name = named(names::so_far(step))?;
+        insist(|| files.put(job, &name, adapter.clone())).await?;
+        for old in insist(|| files.list(job)).await? {
+            if names::steps_of(&old.name).is_some() && old.name != name {
+                insist(|| files.delete(job, &old.name)).await?;
+            }
+        }
+        Ok(())
+    }
+
     async fn append(&self, kind: &str, data: Value) -> Result<(), JobError> {
         insist(|| self.lease.append(kind, &data)).await?;
         Ok(())
@@ -333,7 +354,8 @@ impl<'a> Course<'a> {
             return self.fail("invalid_payload", "it was changed", false).await;
         };
         *self.progress() = json!({ "phase": "publishing" });
-        let (prompt, size) = (trained.prompt.clone(), trained.file.len());
+        let (prompt, size) = (trained.options.example_prompt(), trained.file.len());
+        let trained_steps = trained.options.total_steps();
         let words: Vec<String> = trained
             .options
             .trigger_words()
@@ -351,9 +373,10 @@ impl<'a> Course<'a> {
                     "prompt": prompt,
                 });
                 insist(|| self.lease.succeed(&result)).await?;
-                let checkpoint = named(files::checkpoint())?;
-                // It goes with the job, if not now.
-                let _ = self.trainer.files.delete(job.id, &checkpoint).await;
+                // They go with the job, if not now.
+                for name in [names::checkpoint(), names::so_far(trained_steps)] {
+                    let _ = self.trainer.files.delete(job.id, &named(name)?).await;
+                }
                 Ok(())
             }
             Err(error @ (RegistryError::Exists(_) | RegistryError::Conflict(_))) => {

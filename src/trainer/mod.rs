@@ -9,6 +9,7 @@
 //! Whatever interrupts a job, it goes on from its last checkpoint, here or in another process, and ends
 //! with the same bytes.
 
+mod desk;
 mod follow;
 mod publish;
 mod task;
@@ -26,9 +27,10 @@ use crate::{
     jobs::{JobFiles, Jobs, WorkerId},
     pipeline::Pipeline,
 };
+pub use desk::{Accepted, Desk, DeskError, Order, Upload};
 use follow::{Course, Then};
 pub use publish::{PublishError, Trained, png};
-pub use task::{KIND, Picture, SAMPLES, Task, input};
+pub use task::{KIND, Picture, Task};
 
 /// How long a worker may be silent before another one takes its job over.
 const LEASE: Duration = Duration::from_secs(30);
@@ -103,6 +105,11 @@ impl Trainer {
             Ok(removed) if removed.is_empty() => {}
             Ok(removed) => tracing::info!(jobs = removed.len(), "old jobs are removed"),
             Err(error) => tracing::warn!(%error, "old jobs cannot be removed"),
+        }
+        match self.jobs.sweep(&self.files).await {
+            Ok(removed) if removed.is_empty() => {}
+            Ok(removed) => tracing::info!(jobs = removed.len(), "files without a job are removed"),
+            Err(error) => tracing::warn!(%error, "files without a job cannot be removed"),
         }
     }
 }

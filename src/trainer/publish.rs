@@ -1,4 +1,4 @@
-//! What a finished run leaves, and how it gets into the registry.
+//! What a run leaves, finished or not, and how it gets into the registry.
 
 use std::{
     collections::BTreeMap,
@@ -7,8 +7,10 @@ use std::{
 
 use image::{ImageFormat, RgbImage};
 
+use serde_json::{Value, json};
+
 use crate::{
-    adapters::{AdapterError, Format},
+    adapters::{Adapter, AdapterError, Format},
     engine::AdapterRegistry,
     pipeline::Pipeline,
     registry::{AdapterName, Base, Generation, ManifestPatch, PutPolicy, RegistryError},
@@ -29,44 +31,36 @@ pub enum PublishError {
     Registry(#[from] RegistryError),
 }
 
-/// What a finished run leaves.
+/// What a run leaves.
 #[derive(Debug)]
 pub struct Trained {
     pub options: TrainingOptions,
     /// The adapter's, in safetensors.
     pub file: Vec<u8>,
     /// A PNG.
-    pub preview: Vec<u8>,
-    /// What the preview shows.
-    pub prompt: String,
-    /// Of the model's weights.
-    base: String,
+    pub preview: Option<Vec<u8>>,
+    /// Hash of the model's weights.
+    pub base: String,
+    /// Steps it was trained, where they are not all of them.
+    pub steps: Option<u32>,
 }
 
 impl Trained {
-    /// Reads the result of a run and paints with it once. Slow.
+    /// Reads the result of a finished run and paints with it once. Slow.
     ///
     /// # Errors
     /// A device that fails.
     pub fn of(run: &Run, pipeline: &Pipeline) -> Result<Self, PublishError> {
         let options = run.options().clone();
-        let adapter = run.adapter()?;
-        // Each as most tools read it.
-        let format = match (adapter.deltas.is_empty(), adapter.embeddings.is_empty()) {
-            (true, _) => Format::Embeddings,
-            (false, true) => Format::Peft,
-            (false, false) => Format::Kohya,
-        };
-        let file = adapter.save(format, &BTreeMap::new()).map_err(Box::new)?;
-        let prompt = options.example_prompt();
+        let file = file(&run.adapter()?)?;
         let seed = options.samples.as_ref().map_or(0, |samples| samples.seed);
-        let picture = run.paint(pipeline, &prompt, seed)?;
+        let picture = run.paint(pipeline, &options.example_prompt(), seed)?;
         Ok(Self {
             options,
             file,
-            preview: png(&picture)?,
-            prompt,
+            preview: Some(png(&picture)?),
             base: pipeline.model().hash.clone(),
+            steps: None,
         })
     }
 
@@ -82,13 +76,17 @@ impl Trained {
     ) -> Result<Generation, RegistryError> {
         let generation = Generation::of(&self.file);
         let words = self.options.trigger_words();
+        let mut recipe = serde_json::to_value(&self.options).ok();
+        if let (Some(Value::Object(recipe)), Some(steps)) = (&mut recipe, self.steps) {
+            recipe.insert("stopped_after".into(), json!(steps));
+        }
         let patch = ManifestPatch {
             base: Some(Base {
                 family: None,
                 hash: Some(self.base),
             }),
             method: Some(self.options.method.name().into()),
-            recipe: serde_json::to_value(&self.options).ok(),
+            recipe,
             trigger_words: Some(words.into_iter().map(String::from).collect()),
             ..ManifestPatch::default()
         };
@@ -101,9 +99,21 @@ impl Trained {
             Err(RegistryError::Exists(_)) if registry.generation(name).await? == generation => {}
             Err(error) => return Err(error),
         }
-        registry.put_preview(name, self.preview).await?;
+        if let Some(preview) = self.preview {
+            registry.put_preview(name, preview).await?;
+        }
         Ok(generation)
     }
+}
+
+/// An adapter as a file, of the kind that most tools read.
+pub(super) fn file(adapter: &Adapter) -> Result<Vec<u8>, Box<AdapterError>> {
+    let format = match (adapter.deltas.is_empty(), adapter.embeddings.is_empty()) {
+        (true, _) => Format::Embeddings,
+        (false, true) => Format::Peft,
+        (false, false) => Format::Kohya,
+    };
+    adapter.save(format, &BTreeMap::new()).map_err(Box::new)
 }
 
 /// A picture as a file.

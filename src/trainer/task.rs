@@ -14,6 +14,8 @@ pub const KIND: &str = "training";
 pub const SAMPLES: &str = "samples";
 /// Where a run goes on from.
 const CHECKPOINT: &str = "checkpoint.safetensors";
+/// The folder of what had been learned by then, as an adapter.
+const SO_FAR: &str = "so-far";
 
 /// The payload of a training job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -51,4 +53,16 @@ pub(super) fn sample(step: u32, index: usize) -> Result<FileName, InvalidFileNam
 
 pub(super) fn checkpoint() -> Result<FileName, InvalidFileName> {
     FileName::new(CHECKPOINT)
+}
+
+/// The adapter of so many steps.
+pub(super) fn so_far(step: u32) -> Result<FileName, InvalidFileName> {
+    FileName::new(&format!("{SO_FAR}/{step}.safetensors"))
+}
+
+/// The steps of an adapter by its file's name, if it is one.
+pub(super) fn steps_of(name: &FileName) -> Option<u32> {
+    let (folder, file) = name.as_str().split_once('/')?;
+    let step = file.strip_suffix(".safetensors")?;
+    step.parse().ok().filter(|_| folder == SO_FAR)
 }

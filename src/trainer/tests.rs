@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 
-use super::*;
+use super::{task::input, *};
 use crate::{
     engine::{self, AdapterLoader, Engine, EngineConfig},
     jobs::{Job, JobId, JobSettings, JobState, MOST_EVENTS, NewJob},

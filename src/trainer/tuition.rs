@@ -11,7 +11,7 @@ use std::{
 use image::RgbImage;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::publish::{PublishError, Trained};
+use super::publish::{PublishError, Trained, file};
 use crate::{
     engine::{BackendError, Outcome, Work},
     pipeline::Pipeline,
@@ -31,6 +31,8 @@ pub(super) enum News {
     Checkpoint {
         step: u32,
         bytes: Vec<u8>,
+        /// What has been learned so far, as a file.
+        adapter: Vec<u8>,
     },
     Trained(Box<Trained>),
     Failed(Failure),
@@ -157,11 +159,15 @@ impl Tuition {
         Ok(Outcome::More)
     }
 
-    fn keep(&self) -> Result<(), RunError> {
+    fn keep(&self) -> Result<(), PublishError> {
         if let Some(run) = &self.run {
-            let (step, bytes) = (run.step(), run.checkpoint()?);
+            let (step, bytes, adapter) = (run.step(), run.checkpoint()?, file(&run.adapter()?)?);
             self.signals.keeping.store(true, SeqCst);
-            self.tell(News::Checkpoint { step, bytes });
+            self.tell(News::Checkpoint {
+                step,
+                bytes,
+                adapter,
+            });
         }
         Ok(())
     }

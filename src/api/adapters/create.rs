@@ -3,10 +3,7 @@
 use axum::{
     Json,
     body::Body,
-    extract::{
-        DefaultBodyLimit, FromRequest as _, Multipart, Request, State,
-        multipart::{Field, MultipartError},
-    },
+    extract::{DefaultBodyLimit, FromRequest as _, Multipart, Request, State},
     http::{StatusCode, request::Parts},
     response::{IntoResponse, Response},
 };
@@ -14,12 +11,18 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::{
-    super::{ApiError, AppState, body, body::clip, error::ErrorBody, fields::Fields},
+    super::{
+        ApiError, AppState, body,
+        body::clip,
+        error::ErrorBody,
+        fields::Fields,
+        incoming::Incoming,
+        parts::{broken, text},
+    },
     answer::AdapterAnswer,
     check::check,
     describe::{describe, ignored},
     file::location,
-    incoming::Incoming,
     preview,
 };
 use crate::{
@@ -210,14 +213,4 @@ async fn read(
         preview,
         admission,
     })
-}
-
-async fn text(part: Field<'_>, name: &str) -> Result<String, ApiError> {
-    let bytes = part.bytes().await.map_err(broken)?;
-    String::from_utf8(bytes.to_vec())
-        .map_err(|_| ApiError::field(clip(name), "must be text in UTF-8"))
-}
-
-fn broken(error: MultipartError) -> ApiError {
-    ApiError::BrokenForm(error.body_text())
 }

@@ -9,11 +9,10 @@ use axum::{
 };
 
 use super::{
-    super::{ApiError, AppState, body, error::ErrorBody},
+    super::{ApiError, AppState, body, error::ErrorBody, incoming::Incoming},
     answer::AdapterAnswer,
     check::check,
     conditions,
-    incoming::Incoming,
     named::Named,
 };
 use crate::registry::ManifestPatch;
@@ -122,6 +121,6 @@ pub(super) async fn put_file(
 }
 
 /// Where an adapter is to be found.
-pub(super) fn location(name: impl std::fmt::Display) -> [(header::HeaderName, String); 1] {
+pub(in crate::api) fn location(name: impl std::fmt::Display) -> [(header::HeaderName, String); 1] {
     [(header::LOCATION, format!("/v1/adapters/{name}"))]
 }

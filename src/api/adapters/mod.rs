@@ -11,7 +11,6 @@ mod conditions;
 mod create;
 mod describe;
 mod file;
-mod incoming;
 mod look;
 mod named;
 mod preview;
@@ -19,6 +18,7 @@ mod preview;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::AppState;
+pub(in crate::api) use file::location;
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

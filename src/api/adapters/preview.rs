@@ -8,8 +8,7 @@ use axum::{
 };
 
 use super::{
-    super::{ApiError, AppState, blocking::blocking, body, error::ErrorBody},
-    incoming::Incoming,
+    super::{ApiError, AppState, blocking::blocking, body, error::ErrorBody, incoming::Incoming},
     named::Named,
 };
 use crate::pictures::decode_image;

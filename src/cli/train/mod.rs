@@ -115,7 +115,7 @@ pub(super) fn run(options: TrainOptions) -> Result<(), Failure> {
         Trained::of(&run, &pipeline).map_err(|error| failed(&error))
     })??;
 
-    let prompt = trained.prompt.clone();
+    let prompt = trained.options.example_prompt();
     let published = trained.publish(&registry, &name, policy);
     runtime
         .block_on(published)

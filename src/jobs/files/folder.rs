@@ -90,6 +90,16 @@ impl Folder {
         Ok(found)
     }
 
+    pub fn jobs(&self) -> Result<Vec<JobId>, StoreFault> {
+        self.there()?;
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.root)? {
+            let name = entry?.file_name();
+            found.extend(name.to_str().and_then(|name| name.parse::<JobId>().ok()));
+        }
+        Ok(found)
+    }
+
     pub fn delete(&self, job: JobId, name: &FileName) -> Result<bool, StoreFault> {
         match fs::remove_file(self.of(job).join(name.as_str())) {
             Err(error) if is_missing(&error) => self.there().map(|()| false),

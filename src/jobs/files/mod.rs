@@ -107,6 +107,19 @@ impl JobFiles {
         Ok(found)
     }
 
+    /// The jobs that have files, in the order of their ids.
+    pub async fn jobs(&self) -> Result<Vec<JobId>, JobError> {
+        let mut found = match &self.0 {
+            Place::Folder(folder) => {
+                let folder = folder.clone();
+                blocking(move || folder.jobs()).await?
+            }
+            Place::Objects(objects) => objects.jobs().await?,
+        };
+        found.sort();
+        Ok(found)
+    }
+
     /// Removes a file; says whether it was there.
     pub async fn delete(&self, job: JobId, name: &FileName) -> Result<bool, JobError> {
         Ok(match &self.0 {
@@ -185,6 +198,7 @@ mod tests {
                     .unwrap();
             }
             assert_eq!(files.get(job, &weights).await.unwrap().unwrap(), "another");
+            assert_eq!(files.jobs().await.unwrap(), [job, other]);
             let listed = files.list(job).await.unwrap();
             let listed: Vec<_> = listed.iter().map(|f| (f.name.as_str(), f.size)).collect();
             assert_eq!(listed, [("checkpoint.bin", 7), ("inputs/0001.png", 0)]);

@@ -82,6 +82,16 @@ impl Objects {
             .collect())
     }
 
+    pub async fn jobs(&self) -> Result<Vec<JobId>, StoreFault> {
+        let listed = self.objects.list_with_delimiter(None).await?;
+        let named = |folder: Location| folder.filename()?.parse().ok();
+        Ok(listed
+            .common_prefixes
+            .into_iter()
+            .filter_map(named)
+            .collect())
+    }
+
     pub async fn delete(&self, job: JobId, name: &FileName) -> Result<bool, StoreFault> {
         let location = location(job, name);
         match self.objects.head(&location).await {

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use tokio::{sync::Mutex, task, time};
 
-use super::super::{ApiError, AppState, body::LINGER};
+use super::{ApiError, AppState, body::LINGER};
 
 /// The body of one request. Clones are the same body.
 #[derive(Clone)]
