@@ -8,9 +8,13 @@ use axum::{
     response::IntoResponse,
 };
 use metrics::{counter, gauge, histogram};
+use tokio::time;
 
 use super::{AppState, paint::unix_now, state::Stage};
-use crate::engine::AdapterUse;
+use crate::{engine::AdapterUse, jobs::JobState};
+
+/// Prometheus waits for ten seconds by default.
+const LONGEST_LOOK: Duration = Duration::from_secs(2);
 
 /// Figures for Prometheus.
 #[utoipa::path(get, path = "/metrics", tag = "operations",
@@ -18,6 +22,7 @@ use crate::engine::AdapterUse;
         content_type = "text/plain")))]
 pub(super) async fn render(State(state): State<AppState>) -> impl IntoResponse {
     observe_engine(&state);
+    observe_training(&state).await;
     let kind = "text/plain; version=0.0.4; charset=utf-8";
     let mut text = state.metrics().render();
     text.push_str(&lora_requests_info(&state));
@@ -36,6 +41,22 @@ fn observe_engine(state: &AppState) {
     gauge!("lorikeet_running_rows").set(stats.running_rows as f64);
     counter!("lorikeet_steps_total").absolute(stats.steps);
     counter!("lorikeet_pictures_total").absolute(stats.pictures);
+}
+
+/// How many training jobs there are, all replicas' together. Where the database is away for longer than
+/// a look may take, the figures stay what they were.
+async fn observe_training(state: &AppState) {
+    let Ok(desk) = state.desk() else {
+        return;
+    };
+    let Ok(Ok(counts)) = time::timeout(LONGEST_LOOK, desk.jobs.counts()).await else {
+        return;
+    };
+    for state in JobState::ALL {
+        let known = counts.iter().filter(|count| count.state == state);
+        let jobs: u64 = known.map(|count| count.count).sum();
+        gauge!("lorikeet_training_jobs", "state" => state.name()).set(jobs as f64);
+    }
 }
 
 /// vLLM's gauge by which Kubernetes' inference gateway sends requests to where their adapter is in use.

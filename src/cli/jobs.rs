@@ -10,7 +10,7 @@ use std::{
 use clap::ValueEnum;
 use tokio::{sync::Semaphore, time};
 
-use super::{Failure, boot::Booted, store::WAITS};
+use super::{Failure, boot::Booted, options::seconds, store::WAITS};
 use crate::{
     config::InvalidOption,
     engine::AdapterRegistry,
@@ -83,6 +83,10 @@ pub(super) struct JobOptions {
     #[arg(long, env = "LORIKEET_MAX_TRAINING_UPLOAD", default_value_t = 256, value_name = "MIB",
         value_parser = clap::value_parser!(u64).range(1..=4096))]
     max_training_upload: u64,
+    /// Seconds after which another process goes on with the job of one that is silent, from 2
+    #[arg(long, env = "LORIKEET_JOB_LEASE", default_value = "15", value_name = "SECONDS",
+        value_parser = seconds)]
+    job_lease: Duration,
     /// Days for which jobs are kept after their end, with their pictures and samples
     #[arg(long, env = "LORIKEET_KEEP_JOBS", default_value_t = 30, value_name = "DAYS",
         value_parser = clap::value_parser!(u64).range(0..=36_500))]
@@ -113,6 +117,7 @@ pub(super) struct JobPlace {
     settings: JobSettings,
     secret: Option<WebhookSecret>,
     limits: Limits,
+    lease: Duration,
     keep_for: Duration,
     role: Role,
 }
@@ -137,6 +142,10 @@ impl JobOptions {
         if !(0.0..=0.95).contains(&self.training_share) {
             let message = format!("must be from 0 to 0.95, got {}", self.training_share);
             return Err(refuse("training-share", message));
+        }
+        // Heartbeats come every second.
+        if self.job_lease < Duration::from_secs(2) {
+            return Err(refuse("job-lease", "must be at least 2 seconds".into()));
         }
         let hosts = AllowedHosts::new(&self.webhook_hosts)
             .map_err(|error| refuse("webhook-hosts", error.to_string()))?;
@@ -198,6 +207,7 @@ impl JobOptions {
                 max_steps: self.max_training_steps,
                 ..Limits::default()
             },
+            lease: self.job_lease,
             keep_for: Duration::from_secs(self.keep_jobs * DAY),
             role: self.role,
         }))
@@ -237,6 +247,7 @@ impl JobPlace {
             registry: registry.clone(),
             slices: booted.slices.clone(),
             side_multiple: booted.facts.side_multiple,
+            lease: self.lease,
             keep_for: self.keep_for,
         });
         let desk = Desk {

@@ -14,7 +14,7 @@ pub struct Backoff {
 impl Default for Backoff {
     fn default() -> Self {
         Self {
-            first: Duration::from_secs(5),
+            first: Duration::from_secs(1),
             most: Duration::from_secs(300),
         }
     }
@@ -35,7 +35,7 @@ mod tests {
     #[test]
     fn each_wait_is_twice_the_last_until_the_limit() {
         let backoff = Backoff::default();
-        let seconds = [1, 2, 3, 4, 7, 8, u32::MAX].map(|n| backoff.after(n).as_secs());
-        assert_eq!(seconds, [5, 10, 20, 40, 300, 300, 300]);
+        let seconds = [1, 2, 3, 4, 9, 10, u32::MAX].map(|n| backoff.after(n).as_secs());
+        assert_eq!(seconds, [1, 2, 4, 8, 256, 300, 300]);
     }
 }

@@ -65,6 +65,20 @@ impl Lease {
         Ok(wishes)
     }
 
+    /// The work got further, and what it has is kept: attempts that went wrong before count no more.
+    /// A long job outlives any number of crashes, and one that crashes at the same place over and over
+    /// does not.
+    pub async fn progressed(&self) -> Result<(), JobError> {
+        let mut tx = self.jobs.db().write().await?;
+        let sql = "UPDATE jobs SET failures = 0 \
+                   WHERE id = $1 AND state = 'running' AND worker = $2 AND attempt = $3";
+        let args = args![self.job.id, self.worker, self.job.attempt];
+        if tx.execute(sql, args).await? == 0 {
+            return Err(self.lost());
+        }
+        tx.commit().await
+    }
+
     /// Writes into the job's log; gives the entry's number.
     pub async fn append(&self, kind: &str, data: &Value) -> Result<u64, JobError> {
         check_word("event", kind)?;

@@ -317,7 +317,10 @@ impl<'a> Course<'a> {
         };
         self.signals.keeping.store(false, Relaxed);
         match kept {
-            Ok(()) => self.append("checkpoint", json!({ "step": step })).await,
+            Ok(()) => {
+                insist(|| self.lease.progressed()).await?;
+                self.append("checkpoint", json!({ "step": step })).await
+            }
             // The one before is there still, whole; the run itself needs none.
             Err(error @ JobError::Full { .. }) => {
                 tracing::error!(%error, "a checkpoint is not kept");

@@ -32,8 +32,6 @@ use follow::{Course, Then};
 pub use publish::{PublishError, Trained, png};
 pub use task::{KIND, Picture, Task};
 
-/// How long a worker may be silent before another one takes its job over.
-const LEASE: Duration = Duration::from_secs(30);
 /// Before the queue is asked again after it did not answer.
 const PAUSE: Duration = Duration::from_secs(2);
 /// Between two looks for jobs that are over long enough.
@@ -48,6 +46,8 @@ pub struct Trainer {
     pub slices: Slices<Pipeline>,
     /// Sides of what is trained become multiples of so many pixels.
     pub side_multiple: u32,
+    /// How long a worker may be silent before another one takes its job over.
+    pub lease: Duration,
     /// How long jobs are kept after their end.
     pub keep_for: Duration,
 }
@@ -76,7 +76,7 @@ impl Trainer {
                 self.tidy().await;
                 tidied = Some(time::Instant::now());
             }
-            match self.jobs.claim(worker, &[KIND], LEASE).await {
+            match self.jobs.claim(worker, &[KIND], self.lease).await {
                 Ok(Some(lease)) => {
                     let course = Course::new(self, lease, stop.clone());
                     if course.follow().await == Then::Leave {

@@ -47,6 +47,7 @@ impl House {
                 .unwrap(),
             slices,
             side_multiple: facts.side_multiple,
+            lease: Duration::from_secs(30),
             keep_for: Duration::from_secs(3600),
         };
         Self {

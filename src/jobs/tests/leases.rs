@@ -9,6 +9,7 @@ on_both!(
     a_failure_waits_longer_each_time,
     a_failure_for_good_is_one,
     an_end_can_be_told_twice_but_not_changed,
+    a_job_that_gets_further_each_time_outlives_any_number_of_crashes,
     heartbeats_keep_a_lease_and_leave_progress,
     nothing_can_be_written_into_a_job_that_is_over,
 );
@@ -49,6 +50,20 @@ async fn a_dead_workers_job_goes_to_another_and_the_dead_is_fenced_off(ground: G
         "succeeded",
     ];
     assert_eq!(log(&jobs, id).await, expected);
+}
+
+async fn a_job_that_gets_further_each_time_outlives_any_number_of_crashes(ground: Ground) {
+    let jobs = ground.jobs().await;
+    let id = submit(&jobs).await;
+    for attempt in 1..=8 {
+        let lease = claim(&jobs).await.unwrap();
+        assert_eq!(lease.job().attempt, attempt);
+        lease.progressed().await.unwrap();
+        ground.pass(&jobs, LEASE + Duration::from_secs(60)).await;
+        lost(lease.progressed().await);
+        assert_eq!(jobs.get(id).await.unwrap().failures, 1);
+    }
+    assert_eq!(state(&jobs, id).await, JobState::Queued);
 }
 
 async fn after_its_attempts_a_job_failed_and_says_so(ground: Ground) {
