@@ -15,7 +15,6 @@
 //! | [`pipeline`] | from a checked request to pixels, one evaluation of the model at a time | threads |
 //! | [`registry`] | where adapters live: folder or object store, memory tiers, leases | tensors, HTTP |
 //! | [`jobs`] | durable jobs on SQLite or PostgreSQL: queue, lease, events, webhooks, files | tensors, training, HTTP |
-//! | [`training`] | pictures become an adapter, slice by slice | threads, jobs |
 //! | [`trainer`] | training jobs: from the queue over the device into the registry | HTTP |
 //! | [`storage`] | what a folder and S3 are to every room that keeps files there | adapters, jobs |
 //! | [`schedulers`] | noise schedules and samplers, on plain slices of `f32` | tensors, models |
@@ -29,9 +28,11 @@
 //! Dependencies point one way:
 //! `main -> cli -> api -> engine -> pipeline -> {models, schedulers, noise}`, `engine -> {adapters,
 //! registry}`, `adapters -> models` and `models -> ops`; of the registry `pipeline` knows what holds a
-//! mixture in memory. `cli -> training -> {pipeline, adapters, models, schedulers, ops}`: it paints its class
-//! pictures and samples as requests are painted. `jobs` and `registry` stand on `storage`. The process-wide settings of `ops` (memory kept, threads) are made by `cli` and by
-//! the idle device thread.
+//! mixture in memory. `{cli, api} -> trainer -> {training, engine, jobs, registry}`; `training -> {pipeline,
+//! adapters, models, schedulers, ops}`: it paints its class pictures and samples as requests are painted.
+//! [`engine`] and [`training`] do not know each other: a run on the device thread is [`Work`] to the one and
+//! a caller to the other, and `trainer` is where they meet. `jobs` and `registry` stand on `storage`. The
+//! process-wide settings of `ops` (memory kept, threads) are made by `cli` and by the idle device thread.
 //! Three types are all that passes between the upper rooms: a dialect's fields become a
 //! [`RequestDraft`], validation makes an [`ImageRequest`] of it, and the engine answers with
 //! [`Picture`]s.
@@ -125,7 +126,11 @@
 //!    variables at their sites and goes back through `ops/gradient`; the optimiser brings new values.
 //! 4. **Kept.** [`Run::checkpoint`] is all that the next step depends on; the command line writes it aside,
 //!    syncs and renames it (`cli/train/work.rs`).
-//! 5. **Out.** [`Run::adapter`] is saved in the dialect most tools read, and [`Registry::put`] makes it
+//! 5. **As a job.** `POST /v1/training/jobs` (`api/training`) stores the pictures and hands an order to the
+//!    [`Desk`], which checks all of it before it becomes a job. A [`Trainer`], here or in another process,
+//!    claims it; the run's slices are [`Work`] that the device thread does between the steps of pictures
+//!    (`engine/slices.rs`), and its news become the job's log, samples and checkpoints (`trainer/follow.rs`).
+//! 6. **Out.** [`Run::adapter`] is saved in the dialect most tools read, and [`Registry::put`] makes it
 //!    visible with its recipe and a preview.
 //!
 //! # Where to look when …
@@ -167,6 +172,9 @@
 //! [`Registry::keep`]: registry::Registry::keep
 //! [`Registry::put`]: registry::Registry::put
 //! [`Wardrobe::dress`]: engine::Wardrobe::dress
+//! [`Work`]: engine::Work
+//! [`Desk`]: trainer::Desk
+//! [`Trainer`]: trainer::Trainer
 //! [`TrainingDraft`]: training::options::TrainingDraft
 //! [`TrainingDraft::validate`]: training::options::TrainingDraft::validate
 //! [`Dataset::open`]: training::dataset::Dataset::open
