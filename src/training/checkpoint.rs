@@ -8,19 +8,27 @@ use std::collections::{BTreeMap, HashMap};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::optimizer::{State, StateTensor};
+use super::{
+    evaluation::Found,
+    optimizer::{State, StateTensor},
+};
 
 /// Key of the header's text that holds [`Head`].
 const HEAD: &str = "lorikeet.training";
 const VALUE: &str = "value/";
+const BEST: &str = "best/";
 const OPTIMIZER: &str = "optimizer/";
+
+/// Shape and numbers by the parameter's name.
+pub(super) type Values = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 /// A run between two steps.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Checkpoint {
     pub head: Head,
-    /// Shape and numbers by the parameter's name.
-    pub values: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    pub values: Values,
+    /// Those at the best evaluation, where a run may end early.
+    pub best: Values,
     pub optimizer: State,
 }
 
@@ -33,6 +41,8 @@ pub(super) struct Head {
     /// SHA-256 of what the run is: options, model, pictures.
     pub run: String,
     pub smoothed_loss: Option<f64>,
+    /// Of runs that are measured.
+    pub evaluations: Option<Found>,
 }
 
 /// Why a checkpoint cannot be gone on from.
@@ -50,12 +60,14 @@ pub enum CheckpointError {
 impl Checkpoint {
     pub fn encode(&self) -> Result<Vec<u8>, CheckpointError> {
         let broken = |error: &dyn std::fmt::Display| CheckpointError::Broken(error.to_string());
-        let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = self
-            .values
+        let sets = [(VALUE, &self.values), (BEST, &self.best)];
+        let named = sets
             .iter()
-            .map(|(name, (shape, values))| {
+            .flat_map(|(set, values)| values.iter().map(move |entry| (set, entry)));
+        let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = named
+            .map(|(set, (name, (shape, values)))| {
                 let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                (format!("{VALUE}{name}"), shape.clone(), bytes)
+                (format!("{set}{name}"), shape.clone(), bytes)
             })
             .collect();
         let mut views = Vec::with_capacity(bytes.len() + self.optimizer.len());
@@ -81,12 +93,17 @@ impl Checkpoint {
         };
         let head = serde_json::from_str(head).map_err(|e| broken(&e))?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|e| broken(&e))?;
-        let (mut values, mut optimizer) = (BTreeMap::new(), State::new());
+        let (mut values, mut best, mut optimizer) = (Values::new(), Values::new(), State::new());
+        let numbers = |view: &TensorView| {
+            let numbers = view.data().as_chunks().0.iter();
+            let numbers = numbers.map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            (view.shape().to_vec(), numbers)
+        };
         for (name, view) in tensors.iter() {
             if let Some(name) = name.strip_prefix(VALUE) {
-                let numbers = view.data().as_chunks().0.iter();
-                let numbers = numbers.map(|bytes| f32::from_le_bytes(*bytes)).collect();
-                values.insert(name.to_owned(), (view.shape().to_vec(), numbers));
+                values.insert(name.to_owned(), numbers(&view));
+            } else if let Some(name) = name.strip_prefix(BEST) {
+                best.insert(name.to_owned(), numbers(&view));
             } else if let Some(name) = name.strip_prefix(OPTIMIZER) {
                 optimizer.insert(name.to_owned(), StateTensor::from(view));
             }
@@ -94,6 +111,7 @@ impl Checkpoint {
         Ok(Self {
             head,
             values,
+            best,
             optimizer,
         })
     }
@@ -114,11 +132,13 @@ mod tests {
                 step: 7,
                 run: "abc".into(),
                 smoothed_loss: Some(0.1 + 0.2),
+                evaluations: None,
             },
             values: BTreeMap::from([
                 ("a.lora_A.weight".into(), (vec![2, 1], vec![1.5, -0.0])),
                 ("<word>".into(), (vec![1, 1], vec![f32::MIN_POSITIVE])),
             ]),
+            best: BTreeMap::from([("<word>".into(), (vec![1, 1], vec![0.25]))]),
             optimizer: State::from([("a.lora_A.weight/m".into(), state)]),
         }
     }

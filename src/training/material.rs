@@ -29,6 +29,8 @@ pub(super) struct Material {
     dataset: Dataset,
     /// Indices of the samples that are learned from.
     learned: Vec<usize>,
+    /// And of those that the run is measured by.
+    held_out: Vec<usize>,
     /// Of pictures as steps see them, kept where there are few ways to see one.
     latents: HashMap<(usize, Choice), Moments>,
     class_pictures: VecDeque<RgbImage>,
@@ -41,7 +43,7 @@ impl Material {
     /// # Errors
     /// No picture to learn from.
     pub fn new(options: &TrainingOptions, dataset: Dataset) -> Result<Self, RunError> {
-        let held_out = dataset.held_out(options.seed);
+        let held_out = dataset.held_out(options);
         let mut learned: Vec<usize> = (0..dataset.samples.len()).collect();
         learned.retain(|sample| !held_out.contains(sample));
         if learned.is_empty() {
@@ -54,6 +56,7 @@ impl Material {
         Ok(Self {
             dataset,
             learned,
+            held_out,
             latents: HashMap::new(),
             class_pictures: VecDeque::new(),
             class: Vec::new(),
@@ -83,11 +86,11 @@ impl Material {
             }));
         }
         let model = pipeline.model();
-        let of = self.learned.len() + wanted;
+        let own = self.learned.len() + self.held_out.len();
+        let of = own + wanted;
         // What differs by chance is encoded when its step comes.
-        let next = self
-            .learned
-            .iter()
+        let next = (self.learned.iter())
+            .chain(&self.held_out)
             .copied()
             .enumerate()
             .find(|&(_, sample)| {
@@ -106,7 +109,7 @@ impl Material {
         if let Some(picture) = self.class_pictures.pop_front() {
             let pixels = to_tensor(&picture, &model.modules().device)?;
             self.class.push(moments(model, &pixels)?);
-            let done = self.learned.len() + self.class.len();
+            let done = own + self.class.len();
             return Ok(Some(Slice::Encoded { done, of }));
         }
         Ok(None)
@@ -151,6 +154,64 @@ impl Material {
         }
         all.push(own);
         Ok(all)
+    }
+
+    /// Pictures that are held out.
+    pub fn held_out(&self) -> usize {
+        self.held_out.len()
+    }
+
+    /// One of them, as an evaluation sees it at some timesteps: from its middle, at the mean of its latents,
+    /// and under noise that hangs on nothing but picture and timestep.
+    pub fn measured(
+        &self,
+        model: &Model,
+        options: &TrainingOptions,
+        picture: usize,
+        timesteps: &[usize],
+    ) -> Result<Rows, RunError> {
+        let sample = self.held_out[picture];
+        let choice = self.dataset.samples[sample].middle();
+        let Some(moments) = self.latents.get(&(sample, choice)) else {
+            return Err(candle_core::Error::Msg(
+                "a picture is measured before it is encoded".into(),
+            )
+            .into());
+        };
+        let clean = scaled(model, &moments.mean)?;
+        let mut rows = Rows::default();
+        for &timestep in timesteps {
+            let place = sample as u64;
+            let mut draw = Draw::new(options.seed, timestep as u64, place, Purpose::Validation);
+            let shape = clean.dims();
+            let noise = draw.normal(clean.elem_count());
+            let row = Row {
+                clean: clean.clone(),
+                noise: Tensor::from_vec(noise, shape, &Device::Cpu)?,
+                timestep,
+                caption: self.plain_caption(options, sample, timestep as u64),
+            };
+            rows.push(row, 1.0);
+        }
+        Ok(rows)
+    }
+
+    /// A sample's caption with nothing left out or moved.
+    fn plain_caption(&self, options: &TrainingOptions, sample: usize, timestep: u64) -> String {
+        match (
+            &self.dataset.samples[sample].caption,
+            &options.embedding,
+            &options.token,
+        ) {
+            (Some(caption), _, _) => caption.clone(),
+            (None, Some(word), Some(token)) => {
+                // No batch has a number as high.
+                let number = u64::MAX - timestep;
+                let place = sample as u64;
+                dataset::with_token(word.learnable, token, options.seed, number, place)
+            }
+            (None, _, _) => String::new(),
+        }
     }
 
     fn caption(&self, options: &TrainingOptions, sample: usize, number: u64, place: u64) -> String {
@@ -215,8 +276,7 @@ fn row(
     };
     let shape = moments.mean.dims();
     let latent = (&moments.mean + (moments.std()? * normal(Purpose::Latent, shape)?)?)?;
-    let shift = model.vae.shift_factor().unwrap_or(0.0);
-    let clean = ((latent - shift)? * model.vae.scaling_factor())?;
+    let clean = scaled(model, &latent)?;
     let mut noise = normal(Purpose::Noise, shape)?;
     if options.noise_offset != 0.0 {
         let channels = normal(Purpose::NoiseOffset, &[1, 1, 1, shape[3]])?;
@@ -228,6 +288,12 @@ fn row(
         timestep: draw(Purpose::Timestep).below(timesteps as u64) as usize,
         caption,
     })
+}
+
+/// Latents as the UNet sees them.
+fn scaled(model: &Model, latent: &Tensor) -> candle_core::Result<Tensor> {
+    let shift = model.vae.shift_factor().unwrap_or(0.0);
+    (latent - shift)? * model.vae.scaling_factor()
 }
 
 /// One sample of a batch.

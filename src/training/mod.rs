@@ -2,7 +2,8 @@
 //!
 //! [`options`] say what is to be done and [`dataset`] with which pictures; a [`Run`] does it, slice by
 //! slice, and goes on from its own checkpoints to the same bytes. A step draws all its chance from
-//! [`random`], so that nothing but values and moments is ever state.
+//! [`random`], so that nothing but values and moments is ever state. `evaluation.rs` measures, where it is
+//! asked for, what was learned on pictures that were held out.
 //!
 //! The model is the one that paints: `trainable.rs` hangs variables at its sites as a
 //! [`DeltaSet`](crate::models::DeltaSet), `step.rs` leads a batch through and back, and the ways back are
@@ -13,10 +14,13 @@
 mod captions;
 mod checkpoint;
 pub mod dataset;
+mod evaluation;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
 mod gradient_tests;
+#[cfg(all(test, feature = "demo-model"))]
+mod learning_tests;
 mod material;
 pub mod objective;
 pub mod optimizer;
@@ -32,5 +36,6 @@ mod step;
 mod trainable;
 
 pub use checkpoint::CheckpointError;
+pub use evaluation::Evaluation;
 pub use run::{Report, Run, RunError, Slice};
 pub use step::{Rates, StepError};

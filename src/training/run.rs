@@ -1,10 +1,8 @@
 //! A run from its first picture to its last step, in slices.
 //!
-//! A slice is one class picture, one picture encoded, or one step of the optimiser: between two slices
-//! the device is free for others. A run depends on its options, its pictures and its model and on nothing
+//! A slice is one class picture, one picture encoded, one step of the optimiser, or a part of an evaluation
+//! that is no more work than a step: between two slices the device is free for others. A run depends on its options, its pictures and its model and on nothing
 //! else, so it can go on from a [`Run::checkpoint`] as if it had never stopped.
-
-use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
 use image::RgbImage;
@@ -12,18 +10,20 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     captions,
-    checkpoint::{Checkpoint, CheckpointError, Head},
+    checkpoint::{Checkpoint, CheckpointError, Head, Values},
     dataset::Dataset,
+    evaluation::{self, Evaluation, Evaluator, Points},
     material::{Material, Rows},
     objective::{Noised, weights},
     optimizer::{Optimizer, OptimizerError},
     options::{Checkpointing, ModelFacts, TrainingOptions},
-    painting, start,
+    painting,
+    start::{self, Phase},
     step::{Captions, Passage, Rates, StepError, gradients, update},
     trainable::{Parameter, Trainable},
 };
 use crate::{
-    adapters::{Adapter, TokenEmbedding},
+    adapters::Adapter,
     models::{Deltas, Model},
     pipeline::{Pipeline, PipelineError, Word},
     schedulers::{NoiseLevels, SchedulerConfig, SchedulerError},
@@ -34,6 +34,7 @@ use crate::{
 const RECOMPUTE_ABOVE: u64 = 100_000_000;
 /// How fast the smoothed loss forgets.
 const SMOOTHING: f64 = 0.95;
+
 /// What one slice did.
 #[derive(Debug, Clone)]
 pub enum Slice {
@@ -48,6 +49,14 @@ pub enum Slice {
         of: usize,
     },
     Step(Report),
+    /// A part of an evaluation was made.
+    Measured {
+        done: usize,
+        of: usize,
+    },
+    /// An evaluation came to its end.
+    Evaluated(Evaluation),
+    /// The last step was made, or early stop has ended the run before it ([`Run::step`] says when).
     Finished,
 }
 
@@ -85,13 +94,6 @@ pub enum RunError {
     Device(#[from] candle_core::Error),
 }
 
-/// A stretch of a run in which one set of parameters is trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Word,
-    Lora,
-}
-
 /// A training run.
 #[derive(Debug)]
 pub struct Run {
@@ -107,6 +109,8 @@ pub struct Run {
     phase: Phase,
     step: u32,
     smoothed: Option<f64>,
+    /// Absent where nothing is measured.
+    evaluator: Option<Evaluator>,
 }
 
 impl Run {
@@ -124,7 +128,7 @@ impl Run {
         let config = SchedulerConfig::from_json(&model.scheduler_config)?;
         let levels = NoiseLevels::new(&config)?;
         let identity = identity(&options, &dataset, model);
-        let checkpoint = checkpoint.map(Checkpoint::decode).transpose()?;
+        let mut checkpoint = checkpoint.map(Checkpoint::decode).transpose()?;
         if checkpoint.as_ref().is_some_and(|c| c.head.run != identity) {
             return Err(CheckpointError::Foreign.into());
         }
@@ -135,15 +139,24 @@ impl Run {
             true => Phase::Word,
             false => Phase::Lora,
         };
-        let words = words(model, &options)?;
-        let trainable = trainable(model, &options, phase, words)?;
+        let words = start::words(model, &options)?;
+        let trainable = start::trainable(model, &options, phase, words)?;
+        let material = Material::new(&options, dataset)?;
+        let (found, best) = match &mut checkpoint {
+            Some(checkpoint) => (
+                checkpoint.head.evaluations.take(),
+                std::mem::take(&mut checkpoint.best),
+            ),
+            None => Default::default(),
+        };
         let mut run = Self {
             identity,
             large: ModelFacts::of(pipeline).unet_parameters > RECOMPUTE_ABOVE,
             levels,
-            material: Material::new(&options, dataset)?,
+            evaluator: Evaluator::new(&options, material.held_out(), found, best),
+            material,
             parameters: trainable.parameters(),
-            optimizer: optimizer(&options, phase, &trainable),
+            optimizer: start::optimizer(&options, phase, &trainable),
             trainable,
             options,
             phase,
@@ -160,7 +173,13 @@ impl Run {
     }
 
     fn restore(&mut self, checkpoint: Checkpoint) -> Result<(), RunError> {
-        let mut left = checkpoint.values;
+        self.set(checkpoint.values)?;
+        self.optimizer.load(checkpoint.optimizer)?;
+        Ok(())
+    }
+
+    /// Gives every parameter the value it has there.
+    fn set(&mut self, mut left: Values) -> Result<(), RunError> {
         for (name, values) in self.trainable.values() {
             let found = left.remove(&name);
             let Some((shape, numbers)) = found.filter(|(shape, _)| shape == values.dims()) else {
@@ -174,8 +193,17 @@ impl Run {
             let reason = format!("`{name}` is of no parameter");
             return Err(CheckpointError::Broken(reason).into());
         }
-        self.optimizer.load(checkpoint.optimizer)?;
         Ok(())
+    }
+
+    /// What all parameters are now.
+    fn values(&self) -> Result<Values, RunError> {
+        let mut values = Values::new();
+        for (name, tensor) in self.trainable.values() {
+            let numbers = tensor.flatten_all()?.to_vec1()?;
+            values.insert(name, (tensor.dims().to_vec(), numbers));
+        }
+        Ok(values)
     }
 
     /// Everything that the next step depends on, beside options, pictures and model.
@@ -183,18 +211,17 @@ impl Run {
     /// # Errors
     /// A device that fails.
     pub fn checkpoint(&self) -> Result<Vec<u8>, RunError> {
-        let mut values = BTreeMap::new();
-        for (name, tensor) in self.trainable.values() {
-            let numbers = tensor.flatten_all()?.to_vec1()?;
-            values.insert(name, (tensor.dims().to_vec(), numbers));
-        }
+        let state = self.evaluator.as_ref().map(Evaluator::state);
+        let (evaluations, best) = state.unwrap_or_default();
         let checkpoint = Checkpoint {
             head: Head {
                 step: self.step,
                 run: self.identity.clone(),
                 smoothed_loss: self.smoothed,
+                evaluations,
             },
-            values,
+            values: self.values()?,
+            best,
             optimizer: self.optimizer.state(),
         };
         Ok(checkpoint.encode()?)
@@ -209,7 +236,13 @@ impl Run {
         self.step
     }
 
-    /// What has been learned so far.
+    /// The step of the best evaluation and its loss, of runs that are measured.
+    pub fn best(&self) -> Option<(u32, f32)> {
+        self.evaluator.as_ref().and_then(Evaluator::best)
+    }
+
+    /// What has been learned so far; when a run with early stop is finished, what it had learned at its best
+    /// evaluation.
     ///
     /// # Errors
     /// A device that fails.
@@ -245,13 +278,41 @@ impl Run {
     /// # Errors
     /// A device that fails, a loss that is not finite, or a parameter that nothing reaches.
     pub fn slice(&mut self, pipeline: &Pipeline) -> Result<Slice, RunError> {
-        if self.step >= self.options.total_steps() {
+        let due = self.evaluator.as_ref().is_some_and(|e| e.is_due(self.step));
+        let stopped = self.evaluator.as_ref().is_some_and(Evaluator::stops);
+        if !due && (stopped || self.step >= self.options.total_steps()) {
             return Ok(Slice::Finished);
         }
         if let Some(slice) = self.material.prepare(pipeline, &self.options)? {
             return Ok(slice);
         }
-        self.train(pipeline).map(Slice::Step)
+        match self.evaluator.take() {
+            Some(mut evaluator) if due => {
+                let slice = self.evaluate(pipeline.model(), &mut evaluator);
+                self.evaluator = Some(evaluator);
+                slice
+            }
+            evaluator => {
+                self.evaluator = evaluator;
+                self.train(pipeline).map(Slice::Step)
+            }
+        }
+    }
+
+    /// Measures one of the pictures that are held out at some noise levels.
+    fn evaluate(&mut self, model: &Model, evaluator: &mut Evaluator) -> Result<Slice, RunError> {
+        let Points { picture, timesteps } = evaluator.points(self.levels.alphas_cumprod.len());
+        let rows = (self.material).measured(model, &self.options, picture, &timesteps)?;
+        let (noised, ids) = (self.noised(&rows)?, self.ids(model, &rows)?);
+        let losses = evaluation::losses(model, &self.levels, &self.trainable, &noised, &ids)?;
+        let Some(evaluation) = evaluator.take(self.step, losses, || self.values())? else {
+            let (done, of) = evaluator.progress();
+            return Ok(Slice::Measured { done, of });
+        };
+        if let Some(best) = evaluator.ending(self.step) {
+            self.set(best.clone())?;
+        }
+        Ok(Slice::Evaluated(evaluation))
     }
 
     /// One step of the optimiser.
@@ -318,9 +379,9 @@ impl Run {
     fn go_on_with_lora(&mut self, model: &Model) -> Result<(), RunError> {
         let words = self.trainable.adapter()?.embeddings;
         self.phase = Phase::Lora;
-        self.trainable = trainable(model, &self.options, self.phase, words)?;
+        self.trainable = start::trainable(model, &self.options, self.phase, words)?;
         self.parameters = self.trainable.parameters();
-        self.optimizer = optimizer(&self.options, self.phase, &self.trainable);
+        self.optimizer = start::optimizer(&self.options, self.phase, &self.trainable);
         Ok(())
     }
 
@@ -354,8 +415,6 @@ impl Run {
 
     /// Samples of one size, ready for the model.
     fn passage(&self, model: &Model, rows: Rows) -> Result<Passage, RunError> {
-        let device = self.trainable.device();
-        let join = |all: &[Tensor]| Tensor::cat(all, 0)?.to_device(device);
         let ratios = weights::signal_to_noise(&self.levels.alphas_cumprod);
         let weight = |(&t, &weight): (&usize, &f64)| match self.options.min_snr_gamma {
             Some(gamma) => {
@@ -364,22 +423,13 @@ impl Run {
             }
             None => weight,
         };
-        let words: Vec<Word> = self.trainable.words();
-        let ids = rows
-            .captions
-            .iter()
-            .map(|text| captions::ids(model, text, &words));
-        let ids = ids.collect::<candle_core::Result<Vec<_>>>()?;
+        let ids = self.ids(model, &rows)?;
         let captions = match self.trainable.changes_text() {
             true => Captions::Ids(ids),
             false => Captions::Encoded(self.encode(model, &ids)?),
         };
         Ok(Passage {
-            noised: Noised {
-                clean: join(&rows.clean)?,
-                noise: join(&rows.noise)?,
-                timesteps: rows.timesteps.clone(),
-            },
+            noised: self.noised(&rows)?,
             captions,
             weights: rows
                 .timesteps
@@ -393,6 +443,24 @@ impl Run {
                 Checkpointing::Auto => self.large,
             },
         })
+    }
+
+    fn noised(&self, rows: &Rows) -> candle_core::Result<Noised> {
+        let device = self.trainable.device();
+        let join = |all: &[Tensor]| Tensor::cat(all, 0)?.to_device(device);
+        Ok(Noised {
+            clean: join(&rows.clean)?,
+            noise: join(&rows.noise)?,
+            timesteps: rows.timesteps.clone(),
+        })
+    }
+
+    fn ids(&self, model: &Model, rows: &Rows) -> candle_core::Result<Vec<Vec<u32>>> {
+        let words: Vec<Word> = self.trainable.words();
+        let texts = rows.captions.iter();
+        texts
+            .map(|text| captions::ids(model, text, &words))
+            .collect()
     }
 
     /// Captions whose meaning is not trained.
@@ -413,48 +481,6 @@ fn add(sum: &mut Vec<Vec<f32>>, more: Vec<Vec<f32>>) {
     for (sum, more) in sum.iter_mut().flatten().zip(more.iter().flatten()) {
         *sum += more;
     }
-}
-
-/// Words with the rows of their initializer.
-fn words(model: &Model, options: &TrainingOptions) -> Result<Vec<TokenEmbedding>, RunError> {
-    let (Some(word), Some(token)) = (&options.embedding, &options.token) else {
-        return Ok(Vec::new());
-    };
-    Ok(vec![start::word(
-        model,
-        token,
-        &word.initializer,
-        word.vectors,
-    )?])
-}
-
-/// The variables of a phase; words are among them only while they are learned.
-fn trainable(
-    model: &Model,
-    options: &TrainingOptions,
-    phase: Phase,
-    words: Vec<TokenEmbedding>,
-) -> Result<Trainable, RunError> {
-    let deltas = match (phase, &options.lora) {
-        (Phase::Lora, Some(lora)) => start::deltas(model.modules(), lora, options.seed)?,
-        _ => Default::default(),
-    };
-    let mut trainable = Trainable::new(model.modules(), &Adapter::trained(deltas, words))?;
-    if phase == Phase::Lora {
-        trainable.freeze_words()?;
-    }
-    Ok(trainable)
-}
-
-/// The rows of words do not decay: there is nothing at zero that they should come near.
-fn optimizer(options: &TrainingOptions, phase: Phase, trainable: &Trainable) -> Optimizer {
-    let mut settings = options.optimizer;
-    if phase == Phase::Word {
-        settings.weight_decay = 0.0;
-    }
-    let parameters = trainable.parameters().into_iter();
-    let sizes = parameters.map(|p| (p.name.clone(), p.var.elem_count()));
-    Optimizer::new(settings, sizes)
 }
 
 /// What a run is: two with the same go the same way.

@@ -16,12 +16,12 @@ use crate::{
     pipeline::Pipeline,
 };
 
-fn demo() -> Pipeline {
+pub(super) fn demo() -> Pipeline {
     let model = Model::load(&ModelSource::Demo, &Device::Cpu, DType::F32).unwrap();
     Pipeline::new(model, Device::Cpu).unwrap()
 }
 
-fn draft(method: Method, steps: u64) -> TrainingDraft {
+pub(super) fn draft(method: Method, steps: u64) -> TrainingDraft {
     TrainingDraft {
         method: Some(method),
         steps: Some(steps),
@@ -40,7 +40,7 @@ fn dreambooth(steps: u64) -> TrainingDraft {
     }
 }
 
-fn validated(draft: TrainingDraft, pipeline: &Pipeline) -> TrainingOptions {
+pub(super) fn validated(draft: TrainingDraft, pipeline: &Pipeline) -> TrainingOptions {
     let defaults = pipeline.defaults();
     let facts = ModelFacts {
         unet_parameters: 4_400_000,
@@ -50,7 +50,7 @@ fn validated(draft: TrainingDraft, pipeline: &Pipeline) -> TrainingOptions {
     draft.validate(&facts, &Limits::default()).unwrap()
 }
 
-fn pictures(folder: &str, options: &TrainingOptions) -> Dataset {
+pub(super) fn pictures(folder: &str, options: &TrainingOptions) -> Dataset {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("tests/training")
         .join(folder);
@@ -58,7 +58,7 @@ fn pictures(folder: &str, options: &TrainingOptions) -> Dataset {
     Dataset::open(files, options, 16).unwrap()
 }
 
-fn start(pipeline: &Pipeline, draft: TrainingDraft, checkpoint: Option<&[u8]>) -> Run {
+pub(super) fn start(pipeline: &Pipeline, draft: TrainingDraft, checkpoint: Option<&[u8]>) -> Run {
     let folder = match draft.method {
         Some(Method::Lora) => "style",
         _ => "subject",
@@ -120,6 +120,72 @@ fn a_run_that_was_stopped_anywhere_ends_with_the_same_bytes() {
                 advance(&mut second, &pipeline, of);
                 assert!(saved(&second) == expected, "stopped after {stop} of {of}");
             }
+        }
+    });
+}
+
+/// Stopped after any slice, in the middle of an evaluation too.
+#[test]
+fn a_run_that_ends_early_ends_with_its_best_wherever_it_was_stopped() {
+    with_room(|| {
+        let pipeline = demo();
+        // Steps that are far too large: the second makes worse what the first made.
+        let draft = TrainingDraft {
+            early_stop_patience: Some(1),
+            evaluate_every: Some(1),
+            learning_rate: Some(0.3),
+            batch_size: Some(4),
+            ..dreambooth(6)
+        };
+        let finish = |run: &mut Run| {
+            let mut slices = Vec::new();
+            loop {
+                match run.slice(&pipeline).unwrap() {
+                    Slice::Finished => break slices,
+                    slice => slices.push(slice),
+                }
+            }
+        };
+        let mut whole = start(&pipeline, draft.clone(), None);
+        let (mut after_best, mut evaluations, mut slices) = (None, Vec::new(), 0);
+        loop {
+            match whole.slice(&pipeline).unwrap() {
+                Slice::Finished => break,
+                Slice::Evaluated(found) => {
+                    evaluations.push(found);
+                    // The last evaluation has brought the best back already.
+                    after_best = found.best.then(|| saved(&whole)).or(after_best);
+                }
+                _ => {}
+            }
+            slices += 1;
+        }
+        let (best, loss) = whole.best().unwrap();
+        assert!(whole.step() < 6, "{evaluations:?}");
+        assert_eq!(whole.step(), best + 1, "{evaluations:?}");
+        assert_eq!(evaluations[0].loss, evaluations[0].base_loss);
+        assert!(!evaluations[0].best && evaluations[0].step == 0);
+        assert!(evaluations[1..].iter().all(|e| e.loss >= loss));
+        let expected = saved(&whole);
+        assert!(
+            after_best.unwrap() == expected,
+            "the best is what is published"
+        );
+
+        let prepared = 8;
+        for stop in prepared..=slices {
+            let mut first = start(&pipeline, draft.clone(), None);
+            for _ in 0..stop {
+                first.slice(&pipeline).unwrap();
+            }
+            let checkpoint = first.checkpoint().unwrap();
+            let mut second = start(&pipeline, draft.clone(), Some(&checkpoint));
+            finish(&mut second);
+            assert!(
+                saved(&second) == expected,
+                "after {stop} of {slices} slices"
+            );
+            assert_eq!(second.best(), whole.best());
         }
     });
 }

@@ -5,11 +5,13 @@ use std::{collections::BTreeMap, sync::Arc};
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    options::{Lora, Targets, Variant},
+    optimizer::Optimizer,
+    options::{Lora, Targets, TrainingOptions, Variant},
     random::{Draw, Purpose},
+    trainable::Trainable,
 };
 use crate::{
-    adapters::{Axis, Change, Delta, LowRank, Magnitude, TokenEmbedding},
+    adapters::{Adapter, Axis, Change, Delta, LowRank, Magnitude, TokenEmbedding},
     models::{Model, Modules, Site, SiteKind},
 };
 
@@ -25,6 +27,64 @@ const CONVOLUTIONS: [&str; 6] = [
     ".proj_in",
 ];
 const TEXT: [&str; 4] = [".q_proj", ".k_proj", ".v_proj", ".out_proj"];
+
+/// A stretch of a run in which one set of parameters is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    Word,
+    Lora,
+}
+
+/// Words with the rows of their initializer.
+///
+/// # Errors
+/// Those of candle, and an initializer without tokens.
+pub(super) fn words(
+    model: &Model,
+    options: &TrainingOptions,
+) -> candle_core::Result<Vec<TokenEmbedding>> {
+    let (Some(learned), Some(token)) = (&options.embedding, &options.token) else {
+        return Ok(Vec::new());
+    };
+    word(model, token, &learned.initializer, learned.vectors).map(|word| vec![word])
+}
+
+/// The variables of a phase; words are among them only while they are learned.
+///
+/// # Errors
+/// Those of candle.
+pub(super) fn trainable(
+    model: &Model,
+    options: &TrainingOptions,
+    phase: Phase,
+    words: Vec<TokenEmbedding>,
+) -> candle_core::Result<Trainable> {
+    let deltas = match (phase, &options.lora) {
+        (Phase::Lora, Some(lora)) => deltas(model.modules(), lora, options.seed)?,
+        _ => Default::default(),
+    };
+    let mut trainable = Trainable::new(model.modules(), &Adapter::trained(deltas, words))?;
+    if phase == Phase::Lora {
+        trainable.freeze_words()?;
+    }
+    Ok(trainable)
+}
+
+/// An optimiser at its first step. The rows of words do not decay: there is nothing at zero that they should
+/// come near.
+pub(super) fn optimizer(
+    options: &TrainingOptions,
+    phase: Phase,
+    trainable: &Trainable,
+) -> Optimizer {
+    let mut settings = options.optimizer;
+    if phase == Phase::Word {
+        settings.weight_decay = 0.0;
+    }
+    let parameters = trainable.parameters().into_iter();
+    let sizes = parameters.map(|p| (p.name.clone(), p.var.elem_count()));
+    Optimizer::new(settings, sizes)
+}
 
 /// Whether a site of the model gets a delta.
 fn is_target(site: &Site, lora: &Lora) -> bool {
@@ -48,7 +108,7 @@ fn is_target(site: &Site, lora: &Lora) -> bool {
 ///
 /// # Errors
 /// Those of candle.
-pub(super) fn deltas(
+fn deltas(
     modules: &Modules,
     lora: &Lora,
     seed: u64,
@@ -101,7 +161,7 @@ pub(super) fn deltas(
 ///
 /// # Errors
 /// Those of candle, and an initializer without tokens.
-pub(super) fn word(
+fn word(
     model: &Model,
     token: &str,
     initializer: &str,

@@ -50,6 +50,13 @@ impl Course<'_> {
                 }
                 Slice::Encoded { done, of } => bar.set_message(format!("encoded {done}/{of}")),
                 Slice::Step(report) => self.stepped(run, pipeline, &bar, report)?,
+                Slice::Measured { done, of } => bar.set_message(format!("measured {done}/{of}")),
+                Slice::Evaluated(found) => bar.suspend(|| {
+                    eprintln!(
+                        "step {}: loss on pictures held out {:.4}, {:.4} before the first step",
+                        found.step, found.loss, found.base_loss
+                    );
+                }),
                 Slice::Finished => break,
             }
             if self.stop.load(Relaxed) {
@@ -62,6 +69,15 @@ impl Course<'_> {
             }
         }
         bar.finish_and_clear();
+        if let Some((best, loss)) = run.best() {
+            let (step, patience) = (run.step(), run.options().evaluations.as_ref());
+            match patience.and_then(|evaluations| evaluations.patience) {
+                Some(_) => eprintln!(
+                    "ended after step {step} of {of} with what was learned by step {best}: loss {loss:.4}"
+                ),
+                None => eprintln!("the best was step {best}: loss {loss:.4}"),
+            }
+        }
         Ok(())
     }
 

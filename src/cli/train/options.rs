@@ -28,7 +28,8 @@ Captions are the .txt beside a picture, or a metadata.jsonl or captions.jsonl wi
 --set can set beside the options here: prior_weight, class_images, learnable (object, style),
 embedding_learning_rate, gradient_accumulation, max_grad_norm, beta1, beta2, eps, weight_decay,
 min_snr_gamma, noise_offset, aspect_buckets, flip, crop (center, random), caption_dropout,
-caption_shuffle, caption_keep, sample_seed, checkpointing (auto, on, off).")]
+caption_shuffle, caption_keep, sample_seed, checkpointing (auto, on, off), held_out (pictures to measure
+by), evaluate_every (steps), early_stop_patience (evaluations without a better one).")]
 pub(in crate::cli) struct TrainOptions {
     /// What is learned, and how
     method: Method,

@@ -35,6 +35,24 @@ impl CountLimits {
     }
 }
 
+/// Refuses to hold out what is needed for training.
+pub(super) fn check_left(
+    method: Method,
+    found: usize,
+    held_out: usize,
+) -> Result<(), DatasetError> {
+    let least = CountLimits::of(method).least;
+    match found < least + held_out {
+        false => Ok(()),
+        true => Err(DatasetError::HeldOut {
+            found,
+            method: method.name(),
+            least,
+            held_out,
+        }),
+    }
+}
+
 /// Refuses what cannot work; gives a note on what works less well.
 pub(super) fn check(
     method: Method,

@@ -32,6 +32,17 @@ pub enum DatasetError {
         most: usize,
         reason: String,
     },
+    #[error(
+        "there are {found} pictures; {method} learns from at least {least}, and {held_out} would be held \
+         out to measure it by: send more pictures, or leave `early_stop_patience`, `evaluate_every` and \
+         `held_out` out"
+    )]
+    HeldOut {
+        found: usize,
+        method: &'static str,
+        least: usize,
+        held_out: usize,
+    },
     #[error("{file}: {reason}")]
     Caption { file: String, reason: String },
     #[error(

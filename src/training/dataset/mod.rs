@@ -44,9 +44,7 @@ const LEAST_SIDE: u32 = 64;
 const LONGEST_SHAPE: u32 = 8;
 /// Pictures decoded at a time: each may need as much memory as the decoder's limit.
 const AT_A_TIME: usize = 4;
-/// Fewer pictures are all needed for training.
-const HELD_OUT_FROM: usize = 8;
-/// One in so many is held out, and at most [`MOST_HELD_OUT`].
+/// Where nothing else is said, one in so many is held out, and at most [`MOST_HELD_OUT`].
 const HELD_OUT_SHARE: usize = 10;
 const MOST_HELD_OUT: usize = 32;
 
@@ -90,7 +88,9 @@ impl Dataset {
             mut ignored,
         } = pairing::pair(files)?;
         let mut notes = Vec::new();
-        notes.extend(count::check(options.method, pictures.len(), &ignored)?);
+        let count = pictures.len();
+        notes.extend(count::check(options.method, count, &ignored)?);
+        count::check_left(options.method, count, held_out(options, count))?;
         let buckets = match options.aspect_buckets {
             true => Buckets::new(options.resolution, multiple),
             false => Buckets::square(options.resolution),
@@ -138,18 +138,25 @@ impl Dataset {
         self.samples.iter().map(|sample| sample.bucket).collect()
     }
 
-    /// Samples kept from training to measure it by, in ascending order: one in ten, none of fewer
-    /// than eight.
-    pub fn held_out(&self, seed: u64) -> Vec<usize> {
+    /// Samples kept from training to measure it by, in ascending order: none, unless evaluations are
+    /// asked for; then as many as the options say, or one in ten, and at least one.
+    pub fn held_out(&self, options: &TrainingOptions) -> Vec<usize> {
         let count = self.samples.len();
-        if count < HELD_OUT_FROM {
-            return Vec::new();
-        }
-        let held = (count / HELD_OUT_SHARE).clamp(1, MOST_HELD_OUT);
-        let mut order = Draw::new(seed, 0, 0, Purpose::HeldOut).permutation(count);
-        order.truncate(held);
+        let mut order = Draw::new(options.seed, 0, 0, Purpose::HeldOut).permutation(count);
+        order.truncate(held_out(options, count));
         order.sort_unstable();
         order
+    }
+}
+
+/// How many of `count` pictures are held out.
+fn held_out(options: &TrainingOptions, count: usize) -> usize {
+    match &options.evaluations {
+        None => 0,
+        Some(evaluations) => match evaluations.held_out {
+            Some(held_out) => held_out as usize,
+            None => (count / HELD_OUT_SHARE).clamp(1, MOST_HELD_OUT),
+        },
     }
 }
 

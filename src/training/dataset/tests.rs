@@ -88,7 +88,6 @@ fn the_projects_own_pictures_are_sets() {
             .iter()
             .all(|s| s.caption.as_deref() == Some("a zorp monster"))
     );
-    assert_eq!(subject.held_out(1).len(), 1);
 
     let style = open(folder("style"), &options(Method::Lora, |_| {})).unwrap();
     assert_eq!(style.samples.len(), 24);
@@ -97,7 +96,6 @@ fn the_projects_own_pictures_are_sets() {
         style.samples[2].caption.as_deref(),
         Some("a blueprint drawing of a tree")
     );
-    assert_eq!(style.held_out(1).len(), 2);
     assert_eq!(style.bucket_of(), vec![style.samples[0].bucket; 24]);
     let cut = style.samples[0].cut(style.samples[0].middle());
     assert_eq!((cut.width, cut.height), (128, 128));
@@ -419,14 +417,31 @@ fn a_cut_lies_within_the_picture_and_is_the_same_each_time() {
 
 #[test]
 fn held_out_pictures_are_few_and_hang_on_the_seed() {
-    let options = options(Method::DreamBooth, |_| {});
-    let held = |count, seed| open(some_pictures(count), &options).unwrap().held_out(seed);
-    assert!(held(7, 1).is_empty());
-    assert_eq!(held(8, 1).len(), 1);
-    assert_eq!(held(50, 1).len(), 5);
-    assert_eq!(held(50, 1), held(50, 1));
-    assert_ne!(held(50, 1), held(50, 2));
-    assert!(held(50, 1).is_sorted_by(|a, b| a < b));
+    let held = |count, seed, change: fn(&mut TrainingDraft)| {
+        let options = options(Method::DreamBooth, |d| {
+            d.seed = Some(seed);
+            change(d);
+        });
+        open(some_pictures(count), &options).map(|set| set.held_out(&options))
+    };
+    assert!(held(50, 1, |_| {}).unwrap().is_empty(), "nobody measures");
+    let stopping = |d: &mut TrainingDraft| d.early_stop_patience = Some(3);
+    assert_eq!(held(4, 1, stopping).unwrap().len(), 1);
+    assert_eq!(held(8, 1, stopping).unwrap().len(), 1);
+    assert_eq!(held(50, 1, stopping).unwrap().len(), 5);
+    assert_eq!(held(50, 1, stopping), held(50, 1, stopping));
+    assert_ne!(held(50, 1, stopping), held(50, 2, stopping));
+    let some = held(50, 1, stopping).unwrap();
+    assert!(some.is_sorted_by(|a, b| a < b));
+    assert_eq!(held(8, 1, |d| d.held_out = Some(5)).unwrap().len(), 5);
+    for (count, change) in [
+        (3, stopping as fn(&mut TrainingDraft)),
+        (8, |d| d.held_out = Some(6)),
+    ] {
+        let error = held(count, 1, change).unwrap_err();
+        assert!(matches!(error, DatasetError::HeldOut { .. }), "{error}");
+        assert!(error.to_string().contains("at least 3"), "{error}");
+    }
 }
 
 proptest! {

@@ -53,7 +53,7 @@ const LARGE_PIVOTAL: Defaults = Defaults {
     text_learning_rate: Some(1e-5),
     ..LARGE_DREAMBOOTH
 };
-/// Tried on the demo model with PEFT (`tests/reference/sample_adapters.py`).
+/// Tried on the demo model.
 const SMALL_DREAMBOOTH: Defaults = Defaults {
     steps: 300,
     batch_size: 8,

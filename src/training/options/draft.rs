@@ -62,6 +62,9 @@ pub struct TrainingDraft {
     /// 0 paints nothing on the way.
     pub sample_every: Option<u64>,
     pub sample_seed: Option<u64>,
+    /// Pictures kept from training to measure it by; 0 is none, as is this absent with the two below.
+    pub held_out: Option<u64>,
+    pub evaluate_every: Option<u64>,
     /// 0 is off.
     pub early_stop_patience: Option<u64>,
     pub checkpoint_every: Option<u64>,

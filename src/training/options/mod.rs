@@ -8,6 +8,7 @@
 mod check;
 mod defaults;
 mod draft;
+mod measured;
 mod phases;
 #[cfg(test)]
 mod tests;
@@ -151,9 +152,8 @@ pub struct TrainingOptions {
     pub seed: u64,
     /// Absent: no pictures are painted on the way.
     pub samples: Option<Samples>,
-    /// Evaluations of the smoothed held-out loss without a new best, after which the run ends. Absent:
-    /// it never ends early.
-    pub early_stop_patience: Option<u32>,
+    /// Absent: all pictures are learned from, and nothing is measured on the way.
+    pub evaluations: Option<Evaluations>,
     /// Steps between checkpoints.
     pub checkpoint_every: u32,
     pub checkpointing: Checkpointing,
@@ -197,6 +197,20 @@ pub struct Lora {
     /// Absent: the text encoder stays as it is.
     pub text_learning_rate: Option<f64>,
     pub steps: u32,
+}
+
+/// The loss on pictures held out from training, measured on the way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Evaluations {
+    /// Absent: by how many pictures there are ([`Dataset::held_out`](super::dataset::Dataset::held_out)).
+    pub held_out: Option<u32>,
+    /// Steps between two evaluations; there is one before the first step and one after the last, too.
+    pub every: u32,
+    /// Evaluations without a new best, after which the run ends; in any case it then ends with the values
+    /// of the best one. Of two phases this concerns the second. Absent: the run goes to its last step, and
+    /// ends with what that leaves.
+    pub patience: Option<u32>,
 }
 
 /// Pictures painted on the way.

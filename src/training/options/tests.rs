@@ -101,15 +101,36 @@ fn zero_switches_off_what_can_be_off() {
         d.max_grad_norm = Some(0.0);
         d.min_snr_gamma = Some(0.0);
         d.early_stop_patience = Some(0);
+        d.held_out = Some(0);
         d.sample_every = Some(0);
     })
     .unwrap();
     assert_eq!(options.max_grad_norm, None);
     assert_eq!(options.min_snr_gamma, None);
-    assert_eq!(options.early_stop_patience, None);
+    assert_eq!(options.evaluations, None);
     assert_eq!(options.samples, None);
     let options = validate(Method::DreamBooth, |d| d.sample_prompts = Some(vec![])).unwrap();
     assert_eq!(options.samples, None);
+}
+
+#[test]
+fn a_run_is_measured_only_where_that_is_asked_for() {
+    let evaluations =
+        |change: fn(&mut TrainingDraft)| validate(Method::DreamBooth, change).unwrap().evaluations;
+    assert_eq!(evaluations(|_| {}), None);
+    let found = |held_out, every, patience| {
+        Some(Evaluations {
+            held_out,
+            every,
+            patience,
+        })
+    };
+    let stopping = evaluations(|d| d.early_stop_patience = Some(3));
+    assert_eq!(stopping, found(None, 30, Some(3)), "ten in 300 steps");
+    let told = evaluations(|d| (d.held_out, d.steps) = (Some(2), Some(91)));
+    assert_eq!(told, found(Some(2), 10, None));
+    let often = evaluations(|d| d.evaluate_every = Some(7));
+    assert_eq!(often, found(None, 7, None));
 }
 
 #[test]
@@ -257,6 +278,18 @@ fn every_refusal_names_the_field_the_limit_and_the_fix() {
         (Lora, "early_stop_patience", "0 switches", |d| {
             d.early_stop_patience = Some(5000)
         }),
+        (Lora, "evaluate_every", "from 1", |d| {
+            d.evaluate_every = Some(0)
+        }),
+        (Lora, "held_out", "to 200, got 300", |d| {
+            d.held_out = Some(300)
+        }),
+        (
+            Lora,
+            "held_out",
+            "leave it out for one picture in ten",
+            |d| (d.held_out, d.early_stop_patience) = (Some(0), Some(3)),
+        ),
     ];
     for (method, field, words, change) in table {
         let error = validate(*method, change).expect_err(&format!("{field}: {words}"));

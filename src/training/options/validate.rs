@@ -145,16 +145,7 @@ impl TrainingDraft {
                 (steps[0] + steps[1]).div_ceil(5)
             })?,
             seed,
-            early_stop_patience: match self.early_stop_patience {
-                None | Some(0) => None,
-                given => Some(whole(
-                    "early_stop_patience",
-                    given,
-                    0,
-                    (0, 1000),
-                    "it counts evaluations; 0 switches it off",
-                )?),
-            },
+            evaluations: self.check_evaluations(steps[0] + steps[1], limits)?,
             checkpoint_every: whole(
                 "checkpoint_every",
                 self.checkpoint_every,

@@ -1,0 +1,200 @@
+//! Each method learns: pictures it never saw are predicted better than by the model alone, and what was not
+//! to change changes little.
+//!
+//! Short runs on the demo model, far shorter than those of `adapters/`. The losses of pictures held out are
+//! the run's own evaluations. What was not to change is measured on pictures that the model paints for a
+//! prompt, over the same noise levels: the loss there, and the *change*, the mean square of what the adapter
+//! adds to a prediction. Beside each bound stands what was measured, and where it tells more, what the
+//! same run without prior preservation has there.
+
+use candle_core::{Device, Tensor};
+
+use super::{
+    Evaluation, Run, Slice, captions, evaluation,
+    golden::with_room,
+    objective::Noised,
+    options::{Method, TrainingDraft},
+    painting,
+    random::{Draw, Purpose},
+    run_tests::{demo, draft, start},
+    trainable::Trainable,
+};
+use crate::{
+    adapters::Adapter,
+    pipeline::{Pipeline, to_tensor},
+    schedulers::{NoiseLevels, SchedulerConfig},
+};
+
+const MONSTER: &str = "a monster in a forest";
+const CAT: &str = "a cat at night";
+
+/// A short run that holds some of its pictures out.
+fn short(method: Method, steps: u64, held_out: u64) -> TrainingDraft {
+    TrainingDraft {
+        held_out: Some(held_out),
+        evaluate_every: Some(20),
+        batch_size: Some(4),
+        warmup_steps: Some(5),
+        ..draft(method, steps)
+    }
+}
+
+/// Trains to the end, and gives all evaluations.
+fn learn(pipeline: &Pipeline, draft: TrainingDraft) -> (Run, Vec<Evaluation>) {
+    let mut run = start(pipeline, draft, None);
+    let mut evaluations = Vec::new();
+    loop {
+        match run.slice(pipeline).unwrap() {
+            Slice::Evaluated(found) => evaluations.push(found),
+            Slice::Finished => break,
+            _ => {}
+        }
+    }
+    let steps = evaluations.iter().map(|e| e.step);
+    assert_eq!(steps.last(), Some(run.options().total_steps()));
+    (run, evaluations)
+}
+
+/// The loss on the pictures held out after the last step, over that before the first.
+fn left(evaluations: &[Evaluation]) -> f32 {
+    let last = evaluations.last().unwrap();
+    eprintln!("{evaluations:?}\nleft {}", last.loss / last.base_loss);
+    last.loss / last.base_loss
+}
+
+/// A picture as the model alone paints it, under noise.
+struct Scene<'a> {
+    pipeline: &'a Pipeline,
+    levels: NoiseLevels,
+    noised: Noised,
+}
+
+impl<'a> Scene<'a> {
+    fn of(pipeline: &'a Pipeline, prompt: &str) -> Self {
+        let model = pipeline.model();
+        let picture = painting::paint(pipeline, prompt, 128, 1, None).unwrap();
+        let pixels = to_tensor(&picture, &Device::Cpu).unwrap();
+        let mean = model.vae.encode(&pixels).unwrap().mean;
+        let clean = (mean * model.vae.scaling_factor()).unwrap();
+        let clean = clean.repeat((8, 1, 1, 1)).unwrap();
+        let noise = Draw::new(7, 0, 0, Purpose::Validation).normal(clean.elem_count());
+        let config = SchedulerConfig::from_json(&model.scheduler_config).unwrap();
+        Self {
+            pipeline,
+            levels: NoiseLevels::new(&config).unwrap(),
+            noised: Noised {
+                noise: Tensor::from_vec(noise, clean.shape(), &Device::Cpu).unwrap(),
+                clean,
+                timesteps: (0..8).map(|level| 62 + 125 * level).collect(),
+            },
+        }
+    }
+
+    fn predict(&self, adapter: &Adapter, prompt: &str) -> Tensor {
+        let model = self.pipeline.model();
+        let trainable = Trainable::new(model.modules(), adapter).unwrap();
+        let ids = captions::ids(model, prompt, &trainable.words()).unwrap();
+        let ids = vec![ids; self.noised.timesteps.len()];
+        evaluation::predict(model, &self.levels, &trainable, &self.noised, &ids).unwrap()
+    }
+
+    /// The loss at a prompt with the adapter, over that of the model alone.
+    fn loss(&self, adapter: &Adapter, prompt: &str) -> f32 {
+        let target = self.noised.target(&self.levels).unwrap();
+        let loss = |adapter| mean_square(&self.predict(adapter, prompt), &target);
+        let ratio = loss(adapter) / loss(&nothing());
+        eprintln!("{prompt}: loss {ratio}");
+        ratio
+    }
+
+    /// What the adapter changes at a prompt.
+    fn change(&self, adapter: &Adapter, prompt: &str) -> f32 {
+        let change = mean_square(
+            &self.predict(adapter, prompt),
+            &self.predict(&nothing(), prompt),
+        );
+        eprintln!("{prompt}: change {change}");
+        change
+    }
+}
+
+fn nothing() -> Adapter {
+    Adapter::trained(Default::default(), Vec::new())
+}
+
+fn mean_square(a: &Tensor, b: &Tensor) -> f32 {
+    let square = (a - b).unwrap().sqr().unwrap();
+    square.mean_all().unwrap().to_scalar().unwrap()
+}
+
+#[test]
+fn dreambooth_learns_its_subject_and_the_class_stays_what_it_was() {
+    with_room(|| {
+        let pipeline = demo();
+        let draft = TrainingDraft {
+            instance_prompt: Some("a zorp monster".into()),
+            class_prompt: Some("a monster".into()),
+            class_images: Some(8),
+            ..short(Method::DreamBooth, 40, 2)
+        };
+        let (run, evaluations) = learn(&pipeline, draft);
+        assert!(left(&evaluations) < 0.8, "{evaluations:?}");
+        let adapter = run.adapter().unwrap();
+        let scene = Scene::of(&pipeline, MONSTER);
+        let class = scene.loss(&adapter, MONSTER);
+        assert!(class < 1.1, "{class}");
+        let [word, class] =
+            ["a zorp monster in a forest", MONSTER].map(|prompt| scene.change(&adapter, prompt));
+        assert!(word > 1.5 * class, "{word} {class}");
+        let other = Scene::of(&pipeline, CAT).loss(&adapter, CAT);
+        assert!(other < 1.3, "{other}");
+    });
+}
+
+#[test]
+fn a_lora_learns_a_style_from_captioned_pictures() {
+    with_room(|| {
+        let pipeline = demo();
+        let (_, evaluations) = learn(&pipeline, short(Method::Lora, 40, 4));
+        assert!(left(&evaluations) < 0.8, "{evaluations:?}");
+    });
+}
+
+#[test]
+fn textual_inversion_learns_a_word_and_changes_nothing_else() {
+    with_room(|| {
+        let pipeline = demo();
+        let draft = TrainingDraft {
+            token: Some("<zorp>".into()),
+            initializer: Some("monster".into()),
+            ..short(Method::TextualInversion, 50, 2)
+        };
+        let (run, evaluations) = learn(&pipeline, draft);
+        assert!(left(&evaluations) < 0.95, "{evaluations:?}");
+        let adapter = run.adapter().unwrap();
+        assert_eq!(Scene::of(&pipeline, MONSTER).change(&adapter, MONSTER), 0.0);
+    });
+}
+
+#[test]
+fn pivotal_tuning_learns_a_word_and_then_what_the_word_alone_cannot_say() {
+    with_room(|| {
+        let pipeline = demo();
+        let draft = TrainingDraft {
+            token: Some("<zorp>".into()),
+            initializer: Some("monster".into()),
+            instance_prompt: Some("a <zorp> monster".into()),
+            class_prompt: Some("a monster".into()),
+            class_images: Some(4),
+            embedding_steps: Some(20),
+            ..short(Method::Pivotal, 30, 2)
+        };
+        let (run, evaluations) = learn(&pipeline, draft);
+        let word = evaluations.iter().find(|e| e.step == 20).unwrap();
+        assert!(word.loss < word.base_loss * 0.95, "{evaluations:?}");
+        assert!(left(&evaluations) < 0.8, "{evaluations:?}");
+        let adapter = run.adapter().unwrap();
+        let class = Scene::of(&pipeline, MONSTER).loss(&adapter, MONSTER);
+        assert!(class < 1.1, "{class}");
+    });
+}
