@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     engine::WorkError,
-    jobs::{FileName, InvalidFileName, JobError, Lease},
+    jobs::{FileName, InvalidFileName, JobError, JobId, Lease},
     registry::{PutPolicy, RegistryError},
     training::{
         Report, Slice,
@@ -267,8 +267,17 @@ impl<'a> Course<'a> {
                 *self.progress() = json!({ "phase": "encoding", "done": done, "of": of });
                 return Ok(());
             }
+            Slice::Evaluated(found) => {
+                let data = json!({
+                    "step": found.step,
+                    "held_out_loss": found.loss,
+                    "base_held_out_loss": found.base_loss,
+                    "best": found.best,
+                });
+                return self.append("evaluation", data).await;
+            }
             Slice::Step(report) => report,
-            Slice::Finished => return Ok(()),
+            Slice::Measured { .. } | Slice::Finished => return Ok(()),
         };
         let told = told(report, pace.step());
         *self.progress() = told.clone();
@@ -345,6 +354,17 @@ impl<'a> Course<'a> {
         Ok(())
     }
 
+    /// Removes what only a job that is not finished needs.
+    async fn forget(&self, job: JobId) -> Result<(), JobError> {
+        let (files, checkpoint) = (&self.trainer.files, named(names::checkpoint())?);
+        for file in files.list(job).await? {
+            if file.name == checkpoint || names::steps_of(&file.name).is_some() {
+                files.delete(job, &file.name).await?;
+            }
+        }
+        Ok(())
+    }
+
     async fn append(&self, kind: &str, data: Value) -> Result<(), JobError> {
         insist(|| self.lease.append(kind, &data)).await?;
         Ok(())
@@ -358,7 +378,7 @@ impl<'a> Course<'a> {
         };
         *self.progress() = json!({ "phase": "publishing" });
         let (prompt, size) = (trained.options.example_prompt(), trained.file.len());
-        let trained_steps = trained.options.total_steps();
+        let steps = trained.steps.unwrap_or(trained.options.total_steps());
         let words: Vec<String> = trained
             .options
             .trigger_words()
@@ -372,14 +392,13 @@ impl<'a> Course<'a> {
                     "adapter": name,
                     "sha256": generation.to_string(),
                     "bytes": size,
+                    "steps": steps,
                     "trigger_words": words,
                     "prompt": prompt,
                 });
                 insist(|| self.lease.succeed(&result)).await?;
                 // They go with the job, if not now.
-                for name in [names::checkpoint(), names::so_far(trained_steps)] {
-                    let _ = self.trainer.files.delete(job.id, &named(name)?).await;
-                }
+                let _ = self.forget(job.id).await;
                 Ok(())
             }
             Err(error @ (RegistryError::Exists(_) | RegistryError::Conflict(_))) => {
@@ -423,8 +442,19 @@ fn told(report: &Report, seconds: Option<f64>) -> Value {
         "gradient_norm": report.gradient_norm,
         "rates": { "unet": rates.unet, "text": rates.text, "embedding": rates.embedding },
         "steps_per_second": seconds.map(|seconds| 1.0 / seconds.max(1e-9)),
+        "peak_memory_bytes": peak_memory(),
         "eta_seconds": seconds.map(|seconds| (seconds * left).ceil()),
     })
+}
+
+/// Most memory that this process has had on the host, where the system tells.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
 }
 
 fn named(name: Result<FileName, InvalidFileName>) -> Result<FileName, JobError> {

@@ -29,7 +29,7 @@ use crate::{
 };
 pub use desk::{Accepted, Desk, DeskError, Order, Upload};
 use follow::{Course, Then};
-pub use publish::{PublishError, Trained, png};
+pub use publish::{PublishError, Trained, png, preview};
 pub use task::{KIND, Picture, Task};
 
 /// Before the queue is asked again after it did not answer.

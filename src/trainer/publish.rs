@@ -46,21 +46,18 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// Reads the result of a finished run and paints with it once. Slow.
+    /// Reads the result of a finished run. Its preview shows [`preview`].
     ///
     /// # Errors
     /// A device that fails.
-    pub fn of(run: &Run, pipeline: &Pipeline) -> Result<Self, PublishError> {
+    pub fn of(run: &Run, pipeline: &Pipeline, preview: &RgbImage) -> Result<Self, PublishError> {
         let options = run.options().clone();
-        let file = file(&run.adapter()?)?;
-        let seed = options.samples.as_ref().map_or(0, |samples| samples.seed);
-        let picture = run.paint(pipeline, &options.example_prompt(), seed)?;
         Ok(Self {
+            steps: Some(run.step()).filter(|&steps| steps < options.total_steps()),
             options,
-            file,
-            preview: Some(png(&picture)?),
+            file: file(&run.adapter()?)?,
+            preview: Some(png(preview)?),
             base: pipeline.model().hash.clone(),
-            steps: None,
         })
     }
 
@@ -104,6 +101,12 @@ impl Trained {
         }
         Ok(generation)
     }
+}
+
+/// What a finished run's preview is painted with: a prompt, and a seed.
+pub fn preview(options: &TrainingOptions) -> (String, u64) {
+    let seed = options.samples.as_ref().map_or(0, |samples| samples.seed);
+    (options.example_prompt(), seed)
 }
 
 /// An adapter as a file, of the kind that most tools read.

@@ -11,11 +11,13 @@ use std::{
 use image::RgbImage;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::publish::{PublishError, Trained, file};
+use super::publish::{PublishError, Trained, file, preview};
 use crate::{
     engine::{BackendError, Outcome, Work},
     pipeline::Pipeline,
-    training::{Run, RunError, Slice, StepError, dataset::Dataset, options::TrainingOptions},
+    training::{
+        Canvas, Run, RunError, Slice, StepError, dataset::Dataset, options::TrainingOptions,
+    },
 };
 
 /// What the run's owner hears.
@@ -77,6 +79,8 @@ pub(super) struct Tuition {
     run: Option<Run>,
     /// Steps and prompts still to be painted.
     samples: VecDeque<(u32, usize)>,
+    /// What is being painted: the first of them, or the preview.
+    canvas: Option<Canvas>,
     signals: Arc<Signals>,
     news: UnboundedSender<News>,
 }
@@ -87,6 +91,7 @@ impl Tuition {
             beginning: Some(beginning),
             run: None,
             samples: VecDeque::new(),
+            canvas: None,
             signals,
             news,
         }
@@ -117,17 +122,19 @@ impl Tuition {
         let Some(run) = &mut self.run else {
             return Ok(Outcome::Done);
         };
-        if let Some((step, index)) = self.samples.pop_front()
+        if let Some(&(step, index)) = self.samples.front()
             && let Some(samples) = &run.options().samples
         {
-            let prompt = samples.prompts[index].clone();
-            let picture = run.paint(pipeline, &prompt, samples.seed)?;
-            self.tell(News::Sample(Sample {
-                step,
-                index,
-                prompt,
-                picture,
-            }));
+            let (prompt, seed) = (samples.prompts[index].clone(), samples.seed);
+            if let Some(picture) = stroke(&mut self.canvas, run, pipeline, &prompt, seed)? {
+                self.samples.pop_front();
+                self.tell(News::Sample(Sample {
+                    step,
+                    index,
+                    prompt,
+                    picture,
+                }));
+            }
             return Ok(Outcome::More);
         }
         let slice = run.slice(pipeline)?;
@@ -150,11 +157,15 @@ impl Tuition {
                 }
             }
             Slice::Finished => {
-                let trained = Trained::of(run, pipeline)?;
+                let (prompt, seed) = preview(run.options());
+                let Some(picture) = stroke(&mut self.canvas, run, pipeline, &prompt, seed)? else {
+                    return Ok(Outcome::More);
+                };
+                let trained = Trained::of(run, pipeline, &picture)?;
                 self.tell(News::Trained(Box::new(trained)));
                 return Ok(Outcome::Done);
             }
-            Slice::ClassPicture { .. } | Slice::Encoded { .. } => self.tell(News::Slice(slice)),
+            _ => self.tell(News::Slice(slice)),
         }
         Ok(Outcome::More)
     }
@@ -171,6 +182,25 @@ impl Tuition {
         }
         Ok(())
     }
+}
+
+/// A step of a picture; and when all are made, the picture.
+fn stroke(
+    canvas: &mut Option<Canvas>,
+    run: &Run,
+    pipeline: &Pipeline,
+    prompt: &str,
+    seed: u64,
+) -> Result<Option<RgbImage>, RunError> {
+    let mut under_way = match canvas.take() {
+        Some(canvas) => canvas,
+        None => run.canvas(pipeline, prompt, seed)?,
+    };
+    let picture = under_way.step(pipeline)?;
+    if picture.is_none() {
+        *canvas = Some(under_way);
+    }
+    Ok(picture)
 }
 
 impl Work<Pipeline> for Tuition {

@@ -72,7 +72,8 @@ struct Scene<'a> {
 impl<'a> Scene<'a> {
     fn of(pipeline: &'a Pipeline, prompt: &str) -> Self {
         let model = pipeline.model();
-        let picture = painting::paint(pipeline, prompt, 128, 1, None).unwrap();
+        let canvas = painting::begin(pipeline, prompt, 128, 1, None).unwrap();
+        let picture = canvas.finish(pipeline).unwrap();
         let pixels = to_tensor(&picture, &Device::Cpu).unwrap();
         let mean = model.vae.encode(&pixels).unwrap().mean;
         let clean = (mean * model.vae.scaling_factor()).unwrap();

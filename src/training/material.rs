@@ -9,7 +9,7 @@ use super::{
     dataset::{self, Augment, Choice, Cut, Dataset},
     options::{Crop, TrainingOptions},
     order::Order,
-    painting,
+    painting::{self, Canvas},
     random::{Draw, Purpose},
     run::{RunError, Slice},
 };
@@ -34,6 +34,8 @@ pub(super) struct Material {
     /// Of pictures as steps see them, kept where there are few ways to see one.
     latents: HashMap<(usize, Choice), Moments>,
     class_pictures: VecDeque<RgbImage>,
+    /// The one that is being painted.
+    canvas: Option<Canvas>,
     class: Vec<Moments>,
     order: Order,
     class_order: Order,
@@ -59,6 +61,7 @@ impl Material {
             held_out,
             latents: HashMap::new(),
             class_pictures: VecDeque::new(),
+            canvas: None,
             class: Vec::new(),
             order: Order::new(seed, &buckets, size),
             class_order: Order::new(seed ^ CLASS_SEEDS, &class, size),
@@ -78,12 +81,21 @@ impl Material {
         {
             let seed = options.seed.wrapping_add(CLASS_SEEDS + painted as u64);
             let (prompt, side) = (&prior.class_prompt, options.resolution);
-            let picture = painting::paint(pipeline, prompt, side, seed, None)?;
-            self.class_pictures.push_back(picture);
-            return Ok(Some(Slice::ClassPicture {
-                done: painted + 1,
-                of: wanted,
-            }));
+            let mut canvas = match self.canvas.take() {
+                Some(canvas) => canvas,
+                None => painting::begin(pipeline, prompt, side, seed, None)?,
+            };
+            let done = match canvas.step(pipeline)? {
+                Some(picture) => {
+                    self.class_pictures.push_back(picture);
+                    painted + 1
+                }
+                None => {
+                    self.canvas = Some(canvas);
+                    painted
+                }
+            };
+            return Ok(Some(Slice::ClassPicture { done, of: wanted }));
         }
         let model = pipeline.model();
         let own = self.learned.len() + self.held_out.len();

@@ -37,5 +37,6 @@ mod trainable;
 
 pub use checkpoint::CheckpointError;
 pub use evaluation::Evaluation;
+pub use painting::Canvas;
 pub use run::{Report, Run, RunError, Slice};
 pub use step::{Rates, StepError};

@@ -1,29 +1,40 @@
 //! Pictures that training paints: class pictures, and samples of what it has learned so far.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use image::RgbImage;
 
 use crate::{
     adapters::{Adapter, Share, mix},
     pipeline::{
-        Mixture, Pipeline, PipelineError, Word,
+        Mixture, Painting, Pipeline, PipelineError, Word,
         request::{Limits, RequestDraft},
     },
     registry::{Generation, Resident},
 };
 
-/// One picture, with the model's own steps, scheduler and guidance, under `adapter`.
+/// One picture under way, with the model's own steps, scheduler and guidance: a step at a time, so that
+/// nobody has to wait for all of it.
+pub struct Canvas(Painting);
+
+impl fmt::Debug for Canvas {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let progress = self.0.progress();
+        f.debug_tuple("Canvas").field(&progress).finish()
+    }
+}
+
+/// A picture under `adapter` before its first step.
 ///
 /// # Errors
 /// A prompt that is refused, or a device that fails.
-pub(super) fn paint(
+pub(super) fn begin(
     pipeline: &Pipeline,
     prompt: &str,
     side: u32,
     seed: u64,
     adapter: Option<&Adapter>,
-) -> Result<RgbImage, PipelineError> {
+) -> Result<Canvas, PipelineError> {
     let draft = RequestDraft {
         prompt: prompt.into(),
         width: Some(side),
@@ -39,17 +50,41 @@ pub(super) fn paint(
     request.mixture = adapter
         .map(|adapter| mixture(pipeline, adapter))
         .transpose()?;
-    let mut paintings = pipeline.begin(&request)?;
-    let Some(painting) = paintings.first_mut() else {
-        return Err(candle_core::Error::Msg("the pipeline began no picture".into()).into());
-    };
-    while painting.progress().0 < painting.progress().1 {
-        let predictions = pipeline.predict(&[&*painting])?;
-        for prediction in predictions {
+    match pipeline.begin(&request)?.pop() {
+        Some(painting) => Ok(Canvas(painting)),
+        None => Err(candle_core::Error::Msg("the pipeline began no picture".into()).into()),
+    }
+}
+
+impl Canvas {
+    /// One step; and when all are made, the picture.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn step(&mut self, pipeline: &Pipeline) -> Result<Option<RgbImage>, PipelineError> {
+        let painting = &mut self.0;
+        let (done, of) = painting.progress();
+        if done == of {
+            let picture = pipeline.decode(painting.latents(), painting.shape());
+            return picture.map(Some);
+        }
+        for prediction in pipeline.predict(&[&*painting])? {
             pipeline.advance(painting, &prediction);
         }
+        Ok(None)
     }
-    pipeline.decode(painting.latents(), painting.shape())
+
+    /// All the steps that are left, and the picture.
+    ///
+    /// # Errors
+    /// A device that fails.
+    pub fn finish(mut self, pipeline: &Pipeline) -> Result<RgbImage, PipelineError> {
+        loop {
+            if let Some(picture) = self.step(pipeline)? {
+                return Ok(picture);
+            }
+        }
+    }
 }
 
 /// The adapter as the pipeline takes it.

@@ -1,7 +1,8 @@
 //! A run from its first picture to its last step, in slices.
 //!
-//! A slice is one class picture, one picture encoded, one step of the optimiser, or a part of an evaluation
-//! that is no more work than a step: between two slices the device is free for others. A run depends on its options, its pictures and its model and on nothing
+//! A slice is a step of a class picture, one picture encoded, one step of the optimiser, or a part of an
+//! evaluation that is no more work than a step: between two slices the device is free for others. A run
+//! depends on its options, its pictures and its model and on nothing
 //! else, so it can go on from a [`Run::checkpoint`] as if it had never stopped.
 
 use candle_core::{Device, Tensor};
@@ -17,7 +18,7 @@ use super::{
     objective::{Noised, weights},
     optimizer::{Optimizer, OptimizerError},
     options::{Checkpointing, ModelFacts, TrainingOptions},
-    painting,
+    painting::{self, Canvas},
     start::{self, Phase},
     step::{Captions, Passage, Rates, StepError, gradients, update},
     trainable::{Parameter, Trainable},
@@ -38,7 +39,7 @@ const SMOOTHING: f64 = 0.95;
 /// What one slice did.
 #[derive(Debug, Clone)]
 pub enum Slice {
-    /// A picture of the class was painted, for prior preservation.
+    /// A step of a picture of the class, for prior preservation.
     ClassPicture {
         done: usize,
         of: usize,
@@ -250,7 +251,17 @@ impl Run {
         Ok(self.trainable.adapter()?)
     }
 
-    /// A picture of what has been learned so far.
+    /// A picture of what has been learned so far, before its first step.
+    ///
+    /// # Errors
+    /// A prompt that is refused, or a device that fails.
+    pub fn canvas(&self, pipeline: &Pipeline, prompt: &str, seed: u64) -> Result<Canvas, RunError> {
+        let (side, adapter) = (self.options.resolution, self.adapter()?);
+        let canvas = painting::begin(pipeline, prompt, side, seed, Some(&adapter));
+        Ok(canvas?)
+    }
+
+    /// The same, painted to its end.
     ///
     /// # Errors
     /// A prompt that is refused, or a device that fails.
@@ -260,15 +271,7 @@ impl Run {
         prompt: &str,
         seed: u64,
     ) -> Result<RgbImage, RunError> {
-        let adapter = self.adapter()?;
-        let side = self.options.resolution;
-        Ok(painting::paint(
-            pipeline,
-            prompt,
-            side,
-            seed,
-            Some(&adapter),
-        )?)
+        Ok(self.canvas(pipeline, prompt, seed)?.finish(pipeline)?)
     }
 
     /// The next piece of work.

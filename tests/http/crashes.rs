@@ -8,11 +8,19 @@ use std::{
     time::{Duration, Instant},
 };
 
+use reqwest::Client;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::time;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    time,
+};
 
-use crate::training::{Place, finished, short, submit};
+use crate::{
+    support::{ok, quick, refusal},
+    training::{Place, events, finished, short, stepped, submit},
+};
 
 /// Kills in all.
 const KILLS: u32 = 20;
@@ -181,7 +189,7 @@ async fn taken_over(database: Option<&str>) {
     };
     let first = place.serve(&options);
     let job = submit(&first.url, &fields).await;
-    crate::training::stepped(&first.url, &job, 3).await;
+    stepped(&first.url, &job, 3).await;
     let second = place.serve(&options);
     first.signal("KILL");
     let done = finished(&second.url, &job).await;
@@ -198,6 +206,99 @@ async fn another_process_goes_on_with_a_dead_ones_job() {
 #[tokio::test]
 #[ignore = "needs a PostgreSQL server: .ci/with-postgres cargo test"]
 async fn another_process_goes_on_with_a_dead_ones_job_by_postgresql() {
-    let base = std::env::var("LORIKEET_TEST_POSTGRES").unwrap();
-    taken_over(Some(&base)).await;
+    taken_over(Some(&postgres())).await;
+}
+
+fn postgres() -> String {
+    std::env::var("LORIKEET_TEST_POSTGRES").unwrap()
+}
+
+/// A way to a server that can be closed.
+struct Door {
+    url: String,
+    open: watch::Sender<bool>,
+}
+
+impl Door {
+    async fn to(url: &str) -> Self {
+        let (head, tail) = url.split_once('@').unwrap();
+        let (host, path) = tail.split_once('/').unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (open, host) = (watch::Sender::new(true), host.to_owned());
+        let opened = open.subscribe();
+        tokio::spawn(async move {
+            loop {
+                let (mut here, _) = listener.accept().await.unwrap();
+                let (mut opened, host) = (opened.clone(), host.clone());
+                tokio::spawn(async move {
+                    if !*opened.borrow_and_update() {
+                        return;
+                    }
+                    let mut there = TcpStream::connect(&host).await.unwrap();
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut here, &mut there) => {}
+                        _ = opened.changed() => {}
+                    }
+                });
+            }
+        });
+        Self {
+            url: format!("{head}@{address}/{path}"),
+            open,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs a PostgreSQL server: .ci/with-postgres cargo test"]
+async fn a_database_that_is_away_for_a_while_costs_a_job_nothing() {
+    let fields = short("a", 60, json!({}));
+    let expected = undisturbed(&fields).await;
+    let door = Door::to(&postgres()).await;
+    let place = Place::new();
+    let files = format!("{}/jobs", place.data());
+    let server = place.serve(&["--database", &door.url, "--job-files", &files]);
+    let job = submit(&server.url, &fields).await;
+    stepped(&server.url, &job, 3).await;
+    door.open.send_replace(false);
+    time::sleep(Duration::from_secs(8)).await;
+    // Longer than a lease. Requests that need it fail clearly, others go on.
+    let asked = reqwest::get(format!("{}{job}", server.url)).await.unwrap();
+    assert!(asked.headers().contains_key("retry-after"));
+    let (status, error) = refusal(asked).await;
+    assert_eq!(status, 503, "{error}");
+    assert_eq!(error["code"], "job_store_unavailable");
+    let painted = Client::new().post(format!("{}/v1/images/generations", server.url));
+    ok(painted.json(&quick(json!({}))).send().await.unwrap()).await;
+    door.open.send_replace(true);
+    let done = finished(&server.url, &job).await;
+    assert_eq!(done["state"], "succeeded", "{done}");
+    assert_eq!(done["attempt"], 1, "{done}");
+    assert_eq!(done["result"]["sha256"], expected, "{done}");
+}
+
+#[tokio::test]
+async fn a_checkpoint_for_which_there_is_no_room_is_missed_and_the_job_goes_on() {
+    let change = json!({"options": {
+        "batch_size": 1, "resolution": 64, "checkpoint_every": 2, "rank": 128,
+        "train_text_encoder": false
+    }});
+    let fields = short("a", 4, change);
+    let place = Place::new();
+    // Room for the adapter and not for a checkpoint, which has it three times.
+    let server = place.serve_on_a_full_disk(40_000, &[]);
+    let job = submit(&server.url, &fields).await;
+    let done = finished(&server.url, &job).await;
+    assert_eq!(done["state"], "succeeded", "{done}");
+    let told = events(&server.url, &job, None).await;
+    let failed = told.iter().find(|(_, kind, _)| kind == "checkpoint_failed");
+    let (_, _, data) = failed.unwrap_or_else(|| panic!("{told:?}"));
+    let reason = data["data"]["reason"].as_str().unwrap();
+    assert!(reason.contains("full"), "{reason}");
+    let size = done["result"]["bytes"].as_u64().unwrap();
+    assert!(
+        (4 << 20..18 << 20).contains(&size),
+        "{size}: the test is about nothing"
+    );
 }

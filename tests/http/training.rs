@@ -44,6 +44,14 @@ impl Place {
         Process::serve(&all)
     }
 
+    /// On a disk where no file may be larger than so many times 512 bytes.
+    pub fn serve_on_a_full_disk(&self, blocks: u32, options: &[&str]) -> Process {
+        let (adapters, data) = (self.adapters(), self.data());
+        let mut all = vec!["--adapters", &adapters, "--data", &data];
+        all.extend(options);
+        Process::serve_on_a_full_disk(blocks, &all)
+    }
+
     /// Jobs that left files.
     fn jobs_with_files(&self) -> usize {
         let jobs = fs::read_dir(Path::new(&self.data()).join("jobs")).unwrap();
@@ -148,7 +156,7 @@ pub async fn stepped(url: &str, job: &str, least: u64) {
 }
 
 /// Server-sent events: id, name, data.
-async fn events(url: &str, job: &str, after: Option<u64>) -> Vec<(u64, String, Value)> {
+pub async fn events(url: &str, job: &str, after: Option<u64>) -> Vec<(u64, String, Value)> {
     let mut request = Client::new().get(format!("{url}{job}/events"));
     if let Some(after) = after {
         request = request.header("Last-Event-ID", after.to_string());

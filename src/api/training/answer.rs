@@ -24,7 +24,7 @@ pub(super) struct TrainingJob {
     /// Files that were sent.
     files: usize,
     /// How far it is: `phase`, `step`, `of`, `loss`, `smoothed_loss`, `steps_per_second`,
-    /// `eta_seconds`, as far as they are known.
+    /// `eta_seconds`, `peak_memory_bytes` (of the process, on the host), as far as they are known.
     #[schema(value_type = Option<Object>)]
     progress: Option<Value>,
     /// What came of it: `adapter`, `sha256`, `bytes`, `trigger_words`, `prompt`.

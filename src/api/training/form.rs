@@ -86,7 +86,7 @@ pub(super) struct TrainingForm {
     /// Steps between two such pictures.
     sample_every: Option<u32>,
     /// Any of the options above and of these, as a JSON object: `prior_weight`, `class_images`,
-    /// `vectors`, `learnable`, `alpha`, `targets`, `train_text_encoder`, `variant`, `rslora`,
+    /// `vectors`, `held_out`, `evaluate_every`, `learnable`, `alpha`, `targets`, `train_text_encoder`, `variant`, `rslora`,
     /// `text_learning_rate`, `embedding_learning_rate`, `embedding_steps`, `lr_schedule`,
     /// `warmup_steps`, `batch_size`, `gradient_accumulation`, `max_grad_norm`, `optimizer`, `beta1`,
     /// `beta2`, `eps`, `weight_decay`, `min_snr_gamma`, `noise_offset`, `resolution`,

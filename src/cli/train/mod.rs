@@ -112,7 +112,10 @@ pub(super) fn run(options: TrainOptions) -> Result<(), Failure> {
             error => Failure::new(error.to_string()),
         })?;
         course.follow(&mut run, &pipeline)?;
-        Trained::of(&run, &pipeline).map_err(|error| failed(&error))
+        let (prompt, seed) = trainer::preview(run.options());
+        let picture = run.paint(&pipeline, &prompt, seed);
+        let picture = picture.map_err(|error| failed(&error))?;
+        Trained::of(&run, &pipeline, &picture).map_err(|error| failed(&error))
     })??;
 
     let prompt = trained.options.example_prompt();
