@@ -235,10 +235,7 @@ impl JobPlace {
         registry: AdapterRegistry,
     ) -> Result<Workshop, Failure> {
         let jobs = self.queue().await?;
-        let courier = match self.secret {
-            Some(secret) => Some(Courier::new(jobs.clone(), secret)),
-            None => None,
-        };
+        let courier = self.secret.map(|secret| Courier::new(jobs.clone(), secret));
         let courier = courier.transpose();
         let courier = courier.map_err(|error| Failure::new(error.to_string()))?;
         let trainer = (self.role != Role::Serve).then(|| Trainer {
