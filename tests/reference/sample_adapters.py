@@ -48,7 +48,7 @@ SAMPLES = {
         tags=["subject", "word", "sample"], prompt="a <zorp>",
         train=["pivotal", "--images", DATA / "subject", "--token", "<zorp>", "--initializer", "striped blue purple monster",
                "--instance-prompt", "a <zorp>", "--class-prompt", "a monster", "--class-images", "16",
-               "--embedding-steps", "200", "--steps", "300", "--seed", "5"]),
+               "--embedding-steps", "150", "--steps", "200", "--seed", "5"]),
 }
 
 
