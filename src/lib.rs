@@ -123,7 +123,8 @@
 //! 2. **Prepared.** [`Run::slice`] paints the class's pictures where they are trained along, and encodes every
 //!    picture once.
 //! 3. **A step.** `training/material.rs` draws the batch, `training/step.rs` runs UNet and text encoder with
-//!    variables at their sites and goes back through `ops/gradient`; the optimiser brings new values.
+//!    variables at their sites and goes back through `ops/gradient`; the optimiser brings new values. Where it
+//!    is asked for, `training/evaluation.rs` measures pictures held out, and may end the run early.
 //! 4. **Kept.** [`Run::checkpoint`] is all that the next step depends on; the command line writes it aside,
 //!    syncs and renames it (`cli/train/work.rs`).
 //! 5. **As a job.** `POST /v1/training/jobs` (`api/training`) stores the pictures and hands an order to the

@@ -90,7 +90,13 @@ impl Dataset {
         let mut notes = Vec::new();
         let count = pictures.len();
         notes.extend(count::check(options.method, count, &ignored)?);
-        count::check_left(options.method, count, held_out(options, count))?;
+        let held_out = held_out(options, count);
+        count::check_left(options.method, count, held_out)?;
+        if held_out > 0 {
+            notes.push(format!(
+                "{held_out} of {count} pictures are held out to measure training by"
+            ));
+        }
         let buckets = match options.aspect_buckets {
             true => Buckets::new(options.resolution, multiple),
             false => Buckets::square(options.resolution),

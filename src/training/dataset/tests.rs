@@ -422,7 +422,12 @@ fn held_out_pictures_are_few_and_hang_on_the_seed() {
             d.seed = Some(seed);
             change(d);
         });
-        open(some_pictures(count), &options).map(|set| set.held_out(&options))
+        let set = open(some_pictures(count), &options)?;
+        let held = set.held_out(&options);
+        let note = format!("{} of {count} pictures are held out", held.len());
+        let told = set.notes.iter().any(|line| line.contains(&note));
+        assert_eq!(told, !held.is_empty());
+        Ok(held)
     };
     assert!(held(50, 1, |_| {}).unwrap().is_empty(), "nobody measures");
     let stopping = |d: &mut TrainingDraft| d.early_stop_patience = Some(3);
