@@ -51,8 +51,8 @@ fn learn(pipeline: &Pipeline, draft: TrainingDraft) -> (Run, Vec<Evaluation>) {
             _ => {}
         }
     }
-    let steps = evaluations.iter().map(|e| e.step);
-    assert_eq!(steps.last(), Some(run.options().total_steps()));
+    let last = evaluations.last().map(|e| e.step);
+    assert_eq!(last, Some(run.options().total_steps()));
     (run, evaluations)
 }
 
