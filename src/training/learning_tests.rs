@@ -4,8 +4,8 @@
 //! Short runs on the demo model, far shorter than those of `adapters/`. The losses of pictures held out are
 //! the run's own evaluations. What was not to change is measured on pictures that the model paints for a
 //! prompt, over the same noise levels: the loss there, and the *change*, the mean square of what the adapter
-//! adds to a prediction. Beside each bound stands what was measured, and where it tells more, what the
-//! same run without prior preservation has there.
+//! adds to a prediction. Beside each bound stands what was measured. A trainer whose steps do nothing leaves
+//! every loss what it was, and fails all of them.
 
 use candle_core::{Device, Tensor};
 
@@ -59,7 +59,6 @@ fn learn(pipeline: &Pipeline, draft: TrainingDraft) -> (Run, Vec<Evaluation>) {
 /// The loss on the pictures held out after the last step, over that before the first.
 fn left(evaluations: &[Evaluation]) -> f32 {
     let last = evaluations.last().unwrap();
-    eprintln!("{evaluations:?}\nleft {}", last.loss / last.base_loss);
     last.loss / last.base_loss
 }
 
@@ -104,19 +103,15 @@ impl<'a> Scene<'a> {
     fn loss(&self, adapter: &Adapter, prompt: &str) -> f32 {
         let target = self.noised.target(&self.levels).unwrap();
         let loss = |adapter| mean_square(&self.predict(adapter, prompt), &target);
-        let ratio = loss(adapter) / loss(&nothing());
-        eprintln!("{prompt}: loss {ratio}");
-        ratio
+        loss(adapter) / loss(&nothing())
     }
 
     /// What the adapter changes at a prompt.
     fn change(&self, adapter: &Adapter, prompt: &str) -> f32 {
-        let change = mean_square(
+        mean_square(
             &self.predict(adapter, prompt),
             &self.predict(&nothing(), prompt),
-        );
-        eprintln!("{prompt}: change {change}");
-        change
+        )
     }
 }
 
@@ -140,14 +135,18 @@ fn dreambooth_learns_its_subject_and_the_class_stays_what_it_was() {
             ..short(Method::DreamBooth, 30, 2)
         };
         let (run, evaluations) = learn(&pipeline, draft);
+        // 0.66.
         assert!(left(&evaluations) < 0.8, "{evaluations:?}");
         let adapter = run.adapter().unwrap();
         let scene = Scene::of(&pipeline, MONSTER);
+        // 0.99; after 60 steps 0.98, and without prior preservation 1.41.
         let class = scene.loss(&adapter, MONSTER);
         assert!(class < 1.1, "{class}");
+        // 1.57 times; after 60 steps 1.99, and without prior preservation 0.99.
         let [word, class] =
             ["a zorp monster in a forest", MONSTER].map(|prompt| scene.change(&adapter, prompt));
-        assert!(word > 1.5 * class, "{word} {class}");
+        assert!(word > 1.3 * class, "{word} {class}");
+        // 1.08; after 60 steps 1.18, and without prior preservation 1.66.
         let other = Scene::of(&pipeline, CAT).loss(&adapter, CAT);
         assert!(other < 1.3, "{other}");
     });
@@ -158,6 +157,7 @@ fn a_lora_learns_a_style_from_captioned_pictures() {
     with_room(|| {
         let pipeline = demo();
         let (_, evaluations) = learn(&pipeline, short(Method::Lora, 20, 4));
+        // 0.57.
         assert!(left(&evaluations) < 0.8, "{evaluations:?}");
     });
 }
@@ -172,6 +172,7 @@ fn textual_inversion_learns_a_word_and_changes_nothing_else() {
             ..short(Method::TextualInversion, 40, 2)
         };
         let (run, evaluations) = learn(&pipeline, draft);
+        // 0.89.
         assert!(left(&evaluations) < 0.95, "{evaluations:?}");
         let adapter = run.adapter().unwrap();
         assert_eq!(Scene::of(&pipeline, MONSTER).change(&adapter, MONSTER), 0.0);
@@ -194,10 +195,12 @@ fn pivotal_tuning_learns_a_word_and_then_what_the_word_alone_cannot_say() {
         };
         let (run, evaluations) = learn(&pipeline, draft);
         let word = evaluations.iter().find(|e| e.step == 20).unwrap();
+        // 0.96, and 0.68 with the LoRA.
         assert!(word.loss < word.base_loss * 0.98, "{evaluations:?}");
         assert!(left(&evaluations) < 0.8, "{evaluations:?}");
         let adapter = run.adapter().unwrap();
+        // 1.04.
         let class = Scene::of(&pipeline, MONSTER).loss(&adapter, MONSTER);
-        assert!(class < 1.1, "{class}");
+        assert!(class < 1.15, "{class}");
     });
 }

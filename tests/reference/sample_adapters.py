@@ -56,6 +56,7 @@ def train(lorikeet, name, sample):
     file = OUT / f"{name}.json"
     manifest = json.loads(file.read_text())
     manifest |= dict(description=sample["description"], tags=sample["tags"])
+    manifest.pop("etag", None)      # of the file on this disk
     file.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
