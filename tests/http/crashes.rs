@@ -10,6 +10,7 @@ use std::{
 
 use reqwest::Client;
 use serde_json::{Value, json};
+use sqlx::{Connection as _, PgConnection};
 use tempfile::TempDir;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -206,11 +207,17 @@ async fn another_process_goes_on_with_a_dead_ones_job() {
 #[tokio::test]
 #[ignore = "needs a PostgreSQL server: .ci/with-postgres cargo test"]
 async fn another_process_goes_on_with_a_dead_ones_job_by_postgresql() {
-    taken_over(Some(&postgres())).await;
+    taken_over(Some(&postgres().await)).await;
 }
 
-fn postgres() -> String {
-    std::env::var("LORIKEET_TEST_POSTGRES").unwrap()
+/// A schema of its own on the server.
+async fn postgres() -> String {
+    let server = std::env::var("LORIKEET_TEST_POSTGRES").unwrap();
+    let schema = format!("t{}", uuid::Uuid::now_v7().simple());
+    let mut connection = PgConnection::connect(&server).await.unwrap();
+    let make = sqlx::AssertSqlSafe(format!("CREATE SCHEMA {schema}"));
+    sqlx::raw_sql(make).execute(&mut connection).await.unwrap();
+    format!("{server}?options[search_path]={schema}")
 }
 
 /// A way to a server that can be closed.
@@ -255,7 +262,7 @@ impl Door {
 async fn a_database_that_is_away_for_a_while_costs_a_job_nothing() {
     let fields = short("a", 60, json!({}));
     let expected = undisturbed(&fields).await;
-    let door = Door::to(&postgres()).await;
+    let door = Door::to(&postgres().await).await;
     let place = Place::new();
     let files = format!("{}/jobs", place.data());
     let server = place.serve(&["--database", &door.url, "--job-files", &files]);
