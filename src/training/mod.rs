@@ -33,4 +33,5 @@ mod trainable;
 
 pub use checkpoint::CheckpointError;
 pub use run::{Report, Run, RunError, Slice};
-pub use step::{Rates, StepError};
+pub use step::{Captions, Passage, Rates, StepError, gradients, update};
+pub use trainable::{Parameter, Part, Trainable};
