@@ -2,8 +2,9 @@ use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
 use super::beside::{self, Beside, Map, Then};
-use super::gemm::{self, Matrix, Packed};
+use super::gemm::{self, Matrix};
 use super::gradient::graft;
+use super::packed::Packed;
 use super::product::{self, Target};
 use super::{host, reference};
 

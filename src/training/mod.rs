@@ -14,6 +14,8 @@ mod captions;
 mod checkpoint;
 pub mod dataset;
 #[cfg(test)]
+mod difference_tests;
+#[cfg(test)]
 mod golden;
 #[cfg(test)]
 mod gradient_tests;
