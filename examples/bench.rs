@@ -6,6 +6,7 @@
 //! bench vae     --model DIR --width 32 --height 32 --rounds N                 latents
 //! bench picture --model DIR --width W --height H --steps S --guidance G --scheduler NAME --seed 1 --rounds N
 //! bench step    --model DIR --batch 4 --width 16 --height 16 --ranks 4 --rounds N [--checkpointing]      latents
+//! bench estimate …                                     as step: what its memory should be, here and on a GPU
 //! ```
 //!
 //! Prints one line of JSON: `{"name": …, "seconds": [one number a round], "peak_rss_mb": …}`, or
@@ -19,7 +20,8 @@
 //! `step` is a step of training as `benches/training.py` times it: noise, forward, loss, backward, clipping and
 //! AdamW, with latents and embeddings at hand; a LoRA of the first rank on the UNet's attention. It prints
 //! what that script prints, `{"name": …, "seconds": […], "median": …, "peak_rss_mb": …, "resident_mb": …,
-//! "peak_step_rss_mb": …, "numbers": …}`: `resident_mb` is what the process holds before the first step.
+//! "peak_step_rss_mb": …, "numbers": …}`: `resident_mb` is what the process holds before the first step. And it
+//! prints `estimated`, the bytes that `training::estimate` promises between the two.
 
 use std::{process::ExitCode, sync::Arc, time::Instant};
 
@@ -34,6 +36,7 @@ use lorikeet::{
         request::{Limits, RequestDraft},
     },
     schedulers::{NoiseLevels, SchedulerConfig},
+    training::estimate::{Estimate, Work},
     training::{
         Captions, Passage, Rates, Trainable, gradients,
         objective::Noised,
@@ -50,6 +53,7 @@ enum What {
     Vae,
     Picture,
     Step,
+    Estimate,
 }
 
 #[derive(Debug, Parser)]
@@ -102,11 +106,17 @@ fn main() -> ExitCode {
         Ok(figures) => {
             let mut line = serde_json::json!({"name": name, "peak_rss_mb": peak_rss_mb()});
             match figures {
+                Figures::Estimates(estimates) => {
+                    for (name, estimate) in estimates {
+                        line[name] = format!("{} bytes: {estimate:?}", estimate.total()).into();
+                    }
+                }
                 Figures::Step(step) => {
                     line["peak_rss_mb"] = step.before_mb.max(peak_rss_mb()).into();
                     line["resident_mb"] = step.resident_mb.into();
                     line["peak_step_rss_mb"] = step.forgotten.then(peak_rss_mb).flatten().into();
                     line["numbers"] = step.numbers.into();
+                    line["estimated"] = step.estimate.total().into();
                     line["median"] = median(&step.seconds).into();
                     line["seconds"] = step.seconds.into();
                 }
@@ -136,6 +146,7 @@ enum Figures {
     /// Seconds of each round, arm by arm.
     Arms(Vec<(String, Vec<f64>)>),
     Step(Steps),
+    Estimates([(&'static str, Estimate); 3]),
 }
 
 /// What training steps took.
@@ -143,6 +154,7 @@ struct Steps {
     seconds: Vec<f64>,
     /// Numbers that are trained.
     numbers: usize,
+    estimate: Estimate,
     /// Held before the first step.
     resident_mb: Option<u64>,
     /// The most that was held before the timed steps.
@@ -209,6 +221,20 @@ fn measure(options: &Options) -> Outcome<Figures> {
                 Ok(())
             })
         }
+        What::Estimate => {
+            let lora = lora(options)?;
+            let host = work(options, &model, &lora);
+            let gpu = |bytes| Work {
+                bytes,
+                on_host: false,
+                ..host
+            };
+            Ok(Figures::Estimates([
+                ("cpu_f32", host.estimate()),
+                ("gpu_f32", gpu(4).estimate()),
+                ("gpu_f16", gpu(2).estimate()),
+            ]))
+        }
         What::Step => {
             let latents = randn(&[options.batch, h, w, model.unet.out_channels()])?;
             let context = (0..options.batch)
@@ -274,10 +300,10 @@ fn low_rank(
     Ok(set)
 }
 
-/// Steps of a LoRA's training, of which the first is not counted.
-fn steps(options: &Options, model: &Model, latents: &Tensor, context: &[Tensor]) -> Outcome<Steps> {
+/// The LoRA that steps train.
+fn lora(options: &Options) -> Outcome<Lora> {
     let rank = *options.ranks.first().ok_or("--ranks: give one")?;
-    let lora = Lora {
+    Ok(Lora {
         rank: rank.try_into()?,
         alpha: rank as f64,
         targets: Targets::Attention,
@@ -286,7 +312,29 @@ fn steps(options: &Options, model: &Model, latents: &Tensor, context: &[Tensor])
         learning_rate: 1e-4,
         text_learning_rate: None,
         steps: options.rounds.try_into()?,
-    };
+    })
+}
+
+/// What a step has to do, here and in f32.
+fn work<'a>(options: &Options, model: &'a Model, lora: &'a Lora) -> Work<'a> {
+    Work {
+        sites: model.sites(),
+        rows: options.batch,
+        latents: [options.height, options.width],
+        tokens: 77,
+        bytes: 4,
+        heads: model.unet.heads(),
+        on_host: true,
+        recompute: options.checkpointing,
+        rule: Rule::AdamW,
+        lora: Some(lora),
+        vectors: 0,
+    }
+}
+
+/// Steps of a LoRA's training, of which the first is not counted.
+fn steps(options: &Options, model: &Model, latents: &Tensor, context: &[Tensor]) -> Outcome<Steps> {
+    let lora = lora(options)?;
     let levels = NoiseLevels::new(&SchedulerConfig::from_json(&model.scheduler_config)?)?;
     let trainable = Trainable::begin(model.modules(), &lora, 1)?;
     let parameters = trainable.parameters();
@@ -326,6 +374,7 @@ fn steps(options: &Options, model: &Model, latents: &Tensor, context: &[Tensor])
         update(&mut optimizer, &parameters, &mut found, Some(1.0), rates)?;
         Ok(())
     };
+    let estimate = work(options, model, &lora).estimate();
     ops::give_back_freed();
     let resident_mb = status_mb("VmRSS:");
     step(0)?;
@@ -341,6 +390,7 @@ fn steps(options: &Options, model: &Model, latents: &Tensor, context: &[Tensor])
     Ok(Steps {
         seconds,
         numbers: parameters.iter().map(|p| p.var.elem_count()).sum(),
+        estimate,
         resident_mb,
         before_mb,
         forgotten,

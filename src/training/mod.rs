@@ -15,6 +15,7 @@ mod checkpoint;
 pub mod dataset;
 #[cfg(test)]
 mod difference_tests;
+pub mod estimate;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     adapters::{Adapter, TokenEmbedding},
-    models::{Deltas, Model},
+    models::Model,
     pipeline::{Pipeline, PipelineError, Word},
     schedulers::{NoiseLevels, SchedulerConfig, SchedulerError},
 };
@@ -97,10 +97,11 @@ enum Phase {
 pub struct Run {
     options: TrainingOptions,
     identity: String,
-    /// Whether memory asks for gradient checkpointing.
-    large: bool,
+    unet_parameters: u64,
     levels: NoiseLevels,
     material: Material,
+    /// Of captions in which nothing is trained.
+    encodings: captions::Encodings,
     trainable: Trainable,
     parameters: Vec<Parameter>,
     optimizer: Optimizer,
@@ -139,9 +140,10 @@ impl Run {
         let trainable = trainable(model, &options, phase, words)?;
         let mut run = Self {
             identity,
-            large: ModelFacts::of(pipeline).unet_parameters > RECOMPUTE_ABOVE,
+            unet_parameters: ModelFacts::of(pipeline).unet_parameters,
             levels,
             material: Material::new(&options, dataset)?,
+            encodings: captions::Encodings::default(),
             parameters: trainable.parameters(),
             optimizer: optimizer(&options, phase, &trainable),
             trainable,
@@ -318,6 +320,7 @@ impl Run {
     fn go_on_with_lora(&mut self, model: &Model) -> Result<(), RunError> {
         let words = self.trainable.adapter()?.embeddings;
         self.phase = Phase::Lora;
+        self.encodings = captions::Encodings::default();
         self.trainable = trainable(model, &self.options, self.phase, words)?;
         self.parameters = self.trainable.parameters();
         self.optimizer = optimizer(&self.options, self.phase, &self.trainable);
@@ -353,7 +356,7 @@ impl Run {
     }
 
     /// Samples of one size, ready for the model.
-    fn passage(&self, model: &Model, rows: Rows) -> Result<Passage, RunError> {
+    fn passage(&mut self, model: &Model, rows: Rows) -> Result<Passage, RunError> {
         let device = self.trainable.device();
         let join = |all: &[Tensor]| Tensor::cat(all, 0)?.to_device(device);
         let ratios = weights::signal_to_noise(&self.levels.alphas_cumprod);
@@ -372,7 +375,12 @@ impl Run {
         let ids = ids.collect::<candle_core::Result<Vec<_>>>()?;
         let captions = match self.trainable.changes_text() {
             true => Captions::Ids(ids),
-            false => Captions::Encoded(self.encode(model, &ids)?),
+            false => {
+                let rows = self.trainable.rows()?;
+                let all = ids.into_iter();
+                let all = all.map(|ids| self.encodings.of(model, ids, rows.as_ref()));
+                Captions::Encoded(all.collect::<candle_core::Result<_>>()?)
+            }
         };
         Ok(Passage {
             noised: Noised {
@@ -387,20 +395,17 @@ impl Run {
                 .zip(&rows.weights)
                 .map(weight)
                 .collect(),
-            recompute: match self.options.checkpointing {
-                Checkpointing::On => true,
-                Checkpointing::Off => false,
-                Checkpointing::Auto => self.large,
-            },
+            recompute: recomputes(self.options.checkpointing, self.unet_parameters),
         })
     }
+}
 
-    /// Captions whose meaning is not trained.
-    fn encode(&self, model: &Model, ids: &[Vec<u32>]) -> candle_core::Result<Vec<Tensor>> {
-        let encoder = &model.text_encoder;
-        let embedded = encoder.embed(ids, self.trainable.rows()?.as_ref())?;
-        let hidden = encoder.encode(&embedded, 0, Deltas::NONE)?;
-        (0..ids.len()).map(|row| hidden.get(row)).collect()
+/// Whether blocks of a UNet of so many parameters are computed again on the way back.
+pub(super) fn recomputes(checkpointing: Checkpointing, unet_parameters: u64) -> bool {
+    match checkpointing {
+        Checkpointing::On => true,
+        Checkpointing::Off => false,
+        Checkpointing::Auto => unet_parameters > RECOMPUTE_ABOVE,
     }
 }
 

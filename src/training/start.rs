@@ -27,7 +27,7 @@ const CONVOLUTIONS: [&str; 6] = [
 const TEXT: [&str; 4] = [".q_proj", ".k_proj", ".v_proj", ".out_proj"];
 
 /// Whether a site of the model gets a delta.
-fn is_target(site: &Site, lora: &Lora) -> bool {
+pub(super) fn is_target(site: &Site, lora: &Lora) -> bool {
     let ends = |names: &[&str]| names.iter().any(|name| site.name.ends_with(name));
     match (site.name.starts_with("unet."), lora.targets) {
         _ if !matches!(site.kind, SiteKind::Linear | SiteKind::Conv2d) => false,
