@@ -32,7 +32,8 @@ const REST: usize = 12 << 20;
 /// Bytes that a step of training needs on the device beside the model's weights.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Estimate {
-    /// What is trained, its copies in the form of a delta, and its gradients.
+    /// What is trained, its copies in the form of a delta, and its gradients; under DoRA also the weights
+    /// whose directions change.
     pub variables: usize,
     /// What the optimiser remembers; in host memory, which is the device's own on a CPU.
     pub moments: usize,
@@ -174,7 +175,7 @@ impl Work<'_> {
         };
         Estimate {
             // Value, scaled copy, gradient there and as it is handed on.
-            variables: 4 * 4 * numbers,
+            variables: 4 * 4 * numbers + 4 * self.directions(),
             moments: numbers
                 * match self.rule {
                     Rule::AdamW => 8,
@@ -209,6 +210,16 @@ impl Work<'_> {
             rank * (outputs + inputs) + usize::from(lora.variant == Variant::Dora) * outputs
         });
         factors.sum()
+    }
+
+    /// Numbers of the weights that DoRA keeps in f32, as their rows' lengths are needed at every step.
+    fn directions(&self) -> usize {
+        let Some(lora) = self.lora.filter(|lora| lora.variant == Variant::Dora) else {
+            return 0;
+        };
+        let trained = self.sites.iter().filter(|site| is_target(site, lora));
+        let sizes = trained.map(|site| site.weight_shape.iter().product::<usize>());
+        sizes.sum()
     }
 
     /// Places of a row at which a module of the UNet has results.
