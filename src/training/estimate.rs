@@ -25,9 +25,11 @@ const SCORES: usize = 1 << 26;
 const SCORE_COPIES: usize = 6;
 /// Tensors of the largest result that are made and dropped beside what is kept: a result and its copy in
 /// the graph, gradients of an operation and of its arguments.
-const PASSING: usize = 4;
+const PASSING: usize = 5;
 /// Tables, packed heads of attention and what the allocator rounds up.
-const REST: usize = 12 << 20;
+const REST: usize = 5 << 20;
+/// Outputs that kernels pack together.
+const PANEL: usize = 16;
 
 /// Bytes that a step of training needs on the device beside the model's weights.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -175,7 +177,7 @@ impl Work<'_> {
         };
         Estimate {
             // Value, scaled copy, gradient there and as it is handed on.
-            variables: 4 * 4 * numbers + 4 * self.directions(),
+            variables: 4 * (4 * numbers + self.directions() + self.packed()),
             moments: numbers
                 * match self.rule {
                     Rule::AdamW => 8,
@@ -222,6 +224,21 @@ impl Work<'_> {
         sizes.sum()
     }
 
+    /// Numbers of the factors packed for the kernels, as layers that are computed again have them all along.
+    fn packed(&self) -> usize {
+        let Some(lora) = self.lora.filter(|_| self.recompute && self.on_host) else {
+            return 0;
+        };
+        let rank = lora.rank as usize;
+        let trained = self.sites.iter().filter(|site| is_target(site, lora));
+        let factors = trained.map(|site| {
+            let inputs: usize = site.weight_shape[1..].iter().product();
+            let outputs = site.weight_shape[0].next_multiple_of(PANEL);
+            rank.next_multiple_of(PANEL) * inputs + rank * outputs
+        });
+        factors.sum()
+    }
+
     /// Places of a row at which a module of the UNet has results.
     fn positions(&self, site: &Site, levels: usize) -> usize {
         if site.name.contains("time_emb") {
@@ -248,7 +265,13 @@ impl Work<'_> {
         };
         let mut all = one;
         if self.trains(site) {
-            // The module's own result, the delta's, their sum, and the sum with what is added last.
+            let dora = self.lora.is_some_and(|lora| lora.variant == Variant::Dora);
+            if !self.on_host || dora || site.kind != SiteKind::Linear {
+                // The module's own result and the delta's, beside their sum.
+                let rank = self.lora.map_or(0, |lora| lora.rank as usize);
+                all += 2 * one + self.rows * positions * rank;
+            }
+            // The sum with what is added last.
             let added = [
                 ".to_out.0",
                 ".out_proj",
@@ -257,10 +280,8 @@ impl Work<'_> {
                 ".conv1",
                 ".conv2",
             ];
-            all += one * (2 + usize::from(ends(site, &added)));
-            let rank = self.lora.map_or(0, |lora| lora.rank as usize);
-            all += self.rows * positions * rank;
-            if self.lora.is_some_and(|lora| lora.variant == Variant::Dora) {
+            all += one * usize::from(ends(site, &added));
+            if dora {
                 // Multiplied, and without its bias and with it again where it has one.
                 let plain = [".to_q", ".to_k", ".to_v"];
                 all += one * if ends(site, &plain) { 1 } else { 3 };
