@@ -1,4 +1,4 @@
-"""Times DreamBooth-LoRA training steps of diffusers and PEFT. Prints a line of JSON for each arm, as examples/bench.rs does.
+"""Times DreamBooth-LoRA training steps of diffusers and PEFT, and ours. Prints a line of JSON for each arm, as examples/bench.rs does.
 
     python benches/training.py --only demo                  # models/demo at 128 px, batch 4, 10 steps
     python benches/training.py --sd15 /tmp/sd15             # SD 1.5's size at 256 px, batch 1, 3 steps, too: 5 minutes
@@ -8,10 +8,12 @@ AdamW. LoRA of rank 4 on the UNet's attention, f32, without and with gradient ch
 torch can compute in, of which the better one is to be compared with. Every arm has a process of its own and one untimed
 step first.
 
-    {"name": …, "seconds": [one number a step], "median": …, "peak_rss_mb": …, "peak_step_rss_mb": …, "numbers": …}
+    {"name": …, "seconds": [one number a step], "median": …, "peak_rss_mb": …, "resident_mb": …, "peak_step_rss_mb": …, "numbers": …}
 
-`peak_rss_mb` is that of the whole process (getrusage), loading included; `peak_step_rss_mb` that of the timed steps. Both
-count torch's own libraries and all weights.
+`peak_rss_mb` is that of the whole process (getrusage), loading included; `resident_mb` what it holds before the first step;
+`peak_step_rss_mb` the peak of the timed steps. All count torch's own libraries and all weights.
+
+With --lorikeet target/release/examples/bench the same work of ours takes turns with it, as arms of that binary.
 """
 import argparse
 import json
@@ -31,6 +33,11 @@ RANK = 4
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def forget_peak():
@@ -74,6 +81,7 @@ def measure(name, model, threads, side, batch, steps, checkpointing, layout):
         optimizer.zero_grad()
         return loss.item()
 
+    held = resident()
     step()
     before, anew = peak(), forget_peak()
     seconds = []
@@ -83,7 +91,17 @@ def measure(name, model, threads, side, batch, steps, checkpointing, layout):
         seconds.append(time.perf_counter() - start)
     print(json.dumps(dict(
         name=name, seconds=seconds, median=statistics.median(seconds),
-        peak_rss_mb=max(before, peak()), peak_step_rss_mb=peak() if anew else None, numbers=sum(p.numel() for p in parameters))), flush=True)
+        peak_rss_mb=max(before, peak()), resident_mb=held, peak_step_rss_mb=peak() if anew else None, numbers=sum(p.numel() for p in parameters))), flush=True)
+
+
+def ours(args, name, model, checkpointing, side, batch, steps):
+    """Runs the same work in examples/bench, and prints its line under `name`; whether it failed."""
+    latents = str(side // 8)
+    command = [args.lorikeet, "step", "--model", model, "--batch", str(batch), "--width", latents, "--height", latents,
+               "--ranks", str(RANK), "--rounds", str(args.steps or steps)] + ["--checkpointing"] * checkpointing
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    print(json.dumps({**json.loads(child.stdout or "{}"), "name": name}), flush=True)
+    return child.returncode != 0
 
 
 def main():
@@ -92,6 +110,7 @@ def main():
     p.add_argument("--only", default="", help="arms whose name contains this")
     p.add_argument("--steps", type=int, help="timed steps of each arm [default: demo 10, sd15 3]")
     p.add_argument("--cores", default="0,1", help="the cores, and as many threads")
+    p.add_argument("--lorikeet", type=Path, help="the built example bench; without it diffusers alone is timed")
     p.add_argument("--arm", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.arm:
@@ -112,6 +131,9 @@ def main():
                 if child.returncode:
                     failed = True
                     print(json.dumps(dict(name=name, error=child.stderr.strip()[-300:])), flush=True)
+            name = f"lorikeet-{work}{'-checkpointing' if checkpointing else ''}"
+            if args.lorikeet and model and args.only in name:
+                failed |= ours(args, name, model, checkpointing, **WORK[work])
     sys.exit(failed)
 
 

@@ -2,9 +2,10 @@ use std::sync::OnceLock;
 
 use candle_core::{Result, Tensor, bail};
 
-use super::gemm::{self, Matrix, Packed};
+use super::gemm::{self, Matrix};
 use super::host::Out;
 use super::kernel::Kernel;
+use super::packed::Packed;
 use super::simd::{Level, exp, vectorised};
 use super::{gradient, host, parallel, product, reference};
 

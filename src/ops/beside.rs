@@ -7,9 +7,9 @@ use std::ops::Range;
 
 use candle_core::{D, Result, Tensor};
 
-use super::gemm::Packed;
 use super::gradient::graft;
 use super::host;
+use super::packed::Packed;
 use super::product::Finish;
 use super::runs::Run;
 use super::{Conv2d, Linear, UpsampledConv2d};

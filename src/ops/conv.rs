@@ -2,8 +2,9 @@ use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
 use super::beside::{self, Beside, Map, Then};
-use super::gemm::{self, Packed, Rows};
+use super::gemm::{self, Rows};
 use super::linear::pack;
+use super::packed::Packed;
 use super::product::{self, Finish, Target};
 use super::{gradient, host, reference};
 

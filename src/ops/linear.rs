@@ -2,8 +2,9 @@ use candle_core::{Device, Result, Tensor, bail};
 use std::sync::Arc;
 
 use super::beside::{self, Beside, Map, Then};
-use super::gemm::{self, Matrix, Packed};
-use super::gradient::graft;
+use super::gemm::{self, Matrix};
+use super::gradient::{self, graft};
+use super::packed::Packed;
 use super::product::{self, Target};
 use super::{host, reference};
 
@@ -79,6 +80,11 @@ impl Linear {
                 _ => then.add(reference::linear(x, &self.weight()?, self.bias.as_ref())?),
             };
         }
+        if let [one] = beside
+            && let Some(y) = gradient::low_rank(self, x, one)?
+        {
+            return then.add(y);
+        }
         let run = |x: &Tensor, then: Then, beside: &[Beside]| self.run(x, then, beside);
         beside::composed(x, then, beside, self.bias.as_ref(), None, run)
     }
@@ -98,11 +104,27 @@ impl Linear {
 
     /// The gradient of the input from that of the result.
     fn back(&self, gradient: &Tensor) -> Result<Tensor> {
+        self.transposed()?.forward(gradient)
+    }
+
+    /// The map of the way back, `y = x W`; a packed weight is not copied.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub(super) fn transposed(&self) -> Result<Self> {
         let weight = match &self.weight {
             Weight::Packed(packed) => Weight::Packed(Arc::new(packed.transposed())),
             Weight::Plain(weight) => Weight::Plain(weight.t()?),
         };
-        Self { weight, bias: None }.forward(gradient)
+        Ok(Self { weight, bias: None })
+    }
+
+    /// The weight, if it is trained.
+    pub(super) fn trained(&self) -> Option<&Tensor> {
+        match &self.weight {
+            Weight::Plain(weight) => Some(weight).filter(|weight| weight.track_op()),
+            Weight::Packed(_) => None,
+        }
     }
 
     pub(super) fn packed(&self) -> Option<&Packed> {

@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use super::gemm::{Packed, Rows, Table, Tile, Write, even_pieces};
+use super::gemm::{Rows, Table, Tile, Write};
 use super::host::{self, Out};
 use super::kernel::{COLS, Kernel};
+use super::packed::{Packed, even_pieces};
 use super::parallel;
 use super::runs::{self, Run};
 

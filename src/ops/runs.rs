@@ -5,8 +5,9 @@
 
 use std::ops::Range;
 
-use super::gemm::{Matrix, Packed, Rows, Table, Tile, Write};
+use super::gemm::{Matrix, Rows, Table, Tile, Write};
 use super::kernel::{COLS, Kernel};
+use super::packed::Packed;
 
 /// A run of a product's rows, and what happens to them after the product:
 /// `y = scale · (y - own bias) + own bias + Σ terms(x) + bias`.

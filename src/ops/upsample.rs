@@ -4,7 +4,8 @@ use candle_core::{Result, Tensor};
 
 use super::beside::{self, Beside, Map, Then};
 use super::conv::{Conv2d, Patches};
-use super::gemm::{self, Packed};
+use super::gemm;
+use super::packed::Packed;
 use super::product::{self, Target};
 use super::runs::Run;
 use super::{gradient, host};

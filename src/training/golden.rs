@@ -100,11 +100,15 @@ pub(super) fn case(name: &str) -> Case {
 
 /// The model of some cases, in f32 on the CPU.
 pub(super) fn model(name: &str) -> Model {
+    model_in(name, DType::F32)
+}
+
+pub(super) fn model_in(name: &str, dtype: DType) -> Model {
     let source = match name {
         "demo" => ModelSource::Demo,
         _ => ModelSource::Folder(golden().join("models").join(name)),
     };
-    Model::load(&source, &Device::Cpu, DType::F32).unwrap()
+    Model::load(&source, &Device::Cpu, dtype).unwrap()
 }
 
 fn golden() -> PathBuf {

@@ -16,7 +16,7 @@ use crate::{
     schedulers::{NoiseLevels, PredictionType, SchedulerConfig},
 };
 
-fn levels(model: &Model, case: &Case) -> NoiseLevels {
+pub(super) fn levels(model: &Model, case: &Case) -> NoiseLevels {
     let config = SchedulerConfig::from_json(&model.scheduler_config).unwrap();
     let mut levels = NoiseLevels::new(&config).unwrap();
     if case.objective == "v-prediction" {
@@ -25,7 +25,7 @@ fn levels(model: &Model, case: &Case) -> NoiseLevels {
     levels
 }
 
-fn passage(case: &Case, recompute: bool) -> Passage {
+pub(super) fn passage(case: &Case, recompute: bool) -> Passage {
     let timesteps = case.numbers("timesteps").into_iter().map(|t| t as usize);
     Passage {
         noised: Noised {

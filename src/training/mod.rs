@@ -14,6 +14,9 @@
 mod captions;
 mod checkpoint;
 pub mod dataset;
+#[cfg(test)]
+mod difference_tests;
+pub mod estimate;
 mod evaluation;
 #[cfg(test)]
 mod golden;
@@ -39,4 +42,5 @@ pub use checkpoint::CheckpointError;
 pub use evaluation::Evaluation;
 pub use painting::Canvas;
 pub use run::{Report, Run, RunError, Slice};
-pub use step::{Rates, StepError};
+pub use step::{Captions, Passage, Rates, StepError, gradients, update};
+pub use trainable::{Parameter, Part, Trainable};

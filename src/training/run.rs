@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     adapters::Adapter,
-    models::{Deltas, Model},
+    models::Model,
     pipeline::{Pipeline, PipelineError, Word},
     schedulers::{NoiseLevels, SchedulerConfig, SchedulerError},
 };
@@ -100,10 +100,11 @@ pub enum RunError {
 pub struct Run {
     options: TrainingOptions,
     identity: String,
-    /// Whether memory asks for gradient checkpointing.
-    large: bool,
+    unet_parameters: u64,
     levels: NoiseLevels,
     material: Material,
+    /// Of captions in which nothing is trained.
+    encodings: captions::Encodings,
     trainable: Trainable,
     parameters: Vec<Parameter>,
     optimizer: Optimizer,
@@ -152,10 +153,11 @@ impl Run {
         };
         let mut run = Self {
             identity,
-            large: ModelFacts::of(pipeline).unet_parameters > RECOMPUTE_ABOVE,
+            unet_parameters: ModelFacts::of(pipeline).unet_parameters,
             levels,
             evaluator: Evaluator::new(&options, material.held_out(), found, best),
             material,
+            encodings: captions::Encodings::default(),
             parameters: trainable.parameters(),
             optimizer: start::optimizer(&options, phase, &trainable),
             trainable,
@@ -382,6 +384,7 @@ impl Run {
     fn go_on_with_lora(&mut self, model: &Model) -> Result<(), RunError> {
         let words = self.trainable.adapter()?.embeddings;
         self.phase = Phase::Lora;
+        self.encodings = captions::Encodings::default();
         self.trainable = start::trainable(model, &self.options, self.phase, words)?;
         self.parameters = self.trainable.parameters();
         self.optimizer = start::optimizer(&self.options, self.phase, &self.trainable);
@@ -417,7 +420,7 @@ impl Run {
     }
 
     /// Samples of one size, ready for the model.
-    fn passage(&self, model: &Model, rows: Rows) -> Result<Passage, RunError> {
+    fn passage(&mut self, model: &Model, rows: Rows) -> Result<Passage, RunError> {
         let ratios = weights::signal_to_noise(&self.levels.alphas_cumprod);
         let weight = |(&t, &weight): (&usize, &f64)| match self.options.min_snr_gamma {
             Some(gamma) => {
@@ -429,7 +432,12 @@ impl Run {
         let ids = self.ids(model, &rows)?;
         let captions = match self.trainable.changes_text() {
             true => Captions::Ids(ids),
-            false => Captions::Encoded(self.encode(model, &ids)?),
+            false => {
+                let rows = self.trainable.rows()?;
+                let all = ids.into_iter();
+                let all = all.map(|ids| self.encodings.of(model, ids, rows.as_ref()));
+                Captions::Encoded(all.collect::<candle_core::Result<_>>()?)
+            }
         };
         Ok(Passage {
             noised: self.noised(&rows)?,
@@ -440,11 +448,7 @@ impl Run {
                 .zip(&rows.weights)
                 .map(weight)
                 .collect(),
-            recompute: match self.options.checkpointing {
-                Checkpointing::On => true,
-                Checkpointing::Off => false,
-                Checkpointing::Auto => self.large,
-            },
+            recompute: recomputes(self.options.checkpointing, self.unet_parameters),
         })
     }
 
@@ -465,13 +469,14 @@ impl Run {
             .map(|text| captions::ids(model, text, &words))
             .collect()
     }
+}
 
-    /// Captions whose meaning is not trained.
-    fn encode(&self, model: &Model, ids: &[Vec<u32>]) -> candle_core::Result<Vec<Tensor>> {
-        let encoder = &model.text_encoder;
-        let embedded = encoder.embed(ids, self.trainable.rows()?.as_ref())?;
-        let hidden = encoder.encode(&embedded, 0, Deltas::NONE)?;
-        (0..ids.len()).map(|row| hidden.get(row)).collect()
+/// Whether blocks of a UNet of so many parameters are computed again on the way back.
+pub(super) fn recomputes(checkpointing: Checkpointing, unet_parameters: u64) -> bool {
+    match checkpointing {
+        Checkpointing::On => true,
+        Checkpointing::Off => false,
+        Checkpointing::Auto => unet_parameters > RECOMPUTE_ABOVE,
     }
 }
 

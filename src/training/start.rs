@@ -87,7 +87,7 @@ pub(super) fn optimizer(
 }
 
 /// Whether a site of the model gets a delta.
-fn is_target(site: &Site, lora: &Lora) -> bool {
+pub(super) fn is_target(site: &Site, lora: &Lora) -> bool {
     let ends = |names: &[&str]| names.iter().any(|name| site.name.ends_with(name));
     match (site.name.starts_with("unet."), lora.targets) {
         _ if !matches!(site.kind, SiteKind::Linear | SiteKind::Conv2d) => false,
@@ -108,7 +108,7 @@ fn is_target(site: &Site, lora: &Lora) -> bool {
 ///
 /// # Errors
 /// Those of candle.
-fn deltas(
+pub(super) fn deltas(
     modules: &Modules,
     lora: &Lora,
     seed: u64,

@@ -61,30 +61,8 @@ pub fn gradients(
     parameters: &[Parameter],
     passage: &Passage,
 ) -> Result<(f64, Vec<Vec<f32>>), StepError> {
-    let rows = passage.weights.len();
-    let set = Arc::new(trainable.deltas()?);
-    let batch = Arc::new(DeltaBatch::new(vec![Some(set); rows]));
-    let context = match &passage.captions {
-        Captions::Encoded(context) => context.clone(),
-        Captions::Ids(ids) => encode(model, trainable, ids, batch.deltas())?,
-    };
-    let sample = passage.noised.sample(levels)?;
-    let timesteps: Vec<f32> = passage.noised.timesteps.iter().map(|&t| t as f32).collect();
     let collected = Collected::new(parameters.iter().map(|p| p.var.as_tensor()));
-    let prediction = match passage.recompute {
-        false => model
-            .unet
-            .forward(&sample, &timesteps, &context, batch.deltas())?,
-        true => {
-            let unet = &model.unet;
-            unet.forward_recomputing(&sample, &timesteps, &context, &batch, &collected)?
-        }
-    };
-    let loss = objective::loss(
-        &prediction,
-        &passage.noised.target(levels)?,
-        &passage.weights,
-    )?;
+    let loss = loss(model, levels, trainable, passage, &collected)?;
     let value = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
     if !value.is_finite() {
         return Err(StepError::Loss { loss: value });
@@ -105,6 +83,33 @@ pub fn gradients(
         gradients.push(gradient.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?);
     }
     Ok((value, gradients))
+}
+
+/// The loss of a batch, from which a way leads back to the variables; what is behind blocks that are
+/// computed again goes to `collected`.
+pub(super) fn loss(
+    model: &Model,
+    levels: &NoiseLevels,
+    trainable: &Trainable,
+    passage: &Passage,
+    collected: &Collected,
+) -> candle_core::Result<Tensor> {
+    let rows = passage.weights.len();
+    let set = Arc::new(trainable.deltas()?);
+    let batch = Arc::new(DeltaBatch::new(vec![Some(set); rows]));
+    let context = match &passage.captions {
+        Captions::Encoded(context) => context.clone(),
+        Captions::Ids(ids) => encode(model, trainable, ids, batch.deltas())?,
+    };
+    let sample = passage.noised.sample(levels)?;
+    let timesteps: Vec<f32> = passage.noised.timesteps.iter().map(|&t| t as f32).collect();
+    let unet = &model.unet;
+    let prediction = match passage.recompute {
+        false => unet.forward(&sample, &timesteps, &context, batch.deltas())?,
+        true => unet.forward_recomputing(&sample, &timesteps, &context, &batch, collected)?,
+    };
+    let target = passage.noised.target(levels)?;
+    objective::loss(&prediction, &target, &passage.weights)
 }
 
 /// Each caption's hidden states, `[tokens, width]`, as the model's pipeline would have them.

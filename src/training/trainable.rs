@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 
+use super::{options::Lora, start};
 use crate::{
     adapters::{Adapter, Axis, Change, Delta, LowRank, Magnitude, TokenEmbedding},
     models::{ConvGeometry, DeltaSet, Modules, SiteDelta, Term},
@@ -132,6 +133,15 @@ impl Trainable {
             device: device.clone(),
             dtype: modules.dtype,
         })
+    }
+
+    /// Variables as a LoRA begins with: it changes nothing yet.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn begin(modules: &Modules, lora: &Lora, seed: u64) -> Result<Self> {
+        let deltas = start::deltas(modules, lora, seed)?;
+        Self::new(modules, &Adapter::trained(deltas, Vec::new()))
     }
 
     /// Every trained tensor, in the order of the names.

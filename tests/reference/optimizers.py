@@ -2,17 +2,22 @@
 
     python tests/reference/optimizers.py                  # writes tests/golden/training/{optimizers,weights}.safetensors
 
-AdamW and clipping are torch's own, schedules and signal-to-noise ratios diffusers'. Prodigy is written out here from algorithm
-4 of its paper (https://arxiv.org/abs/2306.06101), state in f32 and sums in f64, with the two options that diffusers' scripts
-switch on: bias correction, and the safeguard for warm-ups (the denominator's sum without the learning rate).
+AdamW and clipping are torch's own, schedules and signal-to-noise ratios diffusers'. Prodigy is its authors' prodigyopt, with
+the two options that diffusers' scripts switch on, bias correction and the safeguard for warm-ups, on parameters in f64: its
+sums over f32 would be good for fewer digits than what is compared.
+
+bitsandbytes has 8-bit optimisers for GPUs only. What it has for CPUs is what makes them 8-bit, its map of codes and its kernels
+that quantise and dequantise blocks; between these stands its update of AdamW, written out from kOptimizerStatic8bit2StateBlockwise
+in csrc/kernels.cu.
 """
 from pathlib import Path
 
-import numpy as np
 import torch
+from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
+from prodigyopt import Prodigy
 from safetensors.torch import save_file
 
 OUT = Path(__file__).resolve().parents[2] / "tests/golden/training"
@@ -20,6 +25,8 @@ SHAPES = {"one": (1,), "seven": (7,), "matrix": (3, 37)}
 STEPS = 25
 # Prodigy begins with steps of 1e-6 and takes its time to see that they are small.
 LONG = 60
+# bitsandbytes' for optimisers.
+BLOCK = 256
 
 
 def gradient(name, values, step):
@@ -42,66 +49,31 @@ def multipliers(name, warmup, steps, count):
     return found
 
 
-class Prodigy:
-    def __init__(self, parameters, betas, eps, weight_decay):
-        self.parameters, (self.beta1, self.beta2), self.eps, self.decay = parameters, betas, eps, weight_decay
-        self.d0 = self.d = 1e-6
-        self.numerator, self.k = 0.0, 0
-        zeros = lambda: [np.zeros(p.numel(), np.float32) for p in parameters]
-        self.m, self.v, self.s = zeros(), zeros(), zeros()
-        self.start = [p.detach().numpy().reshape(-1).copy() for p in parameters]
-
-    def step(self, lr):
-        if lr == 0:
-            return
-        self.k += 1
-        f = np.float32
-        b1, b2, b3, d = self.beta1, self.beta2, self.beta2**0.5, self.d
-        correction = (1 - b2**self.k) ** 0.5 / (1 - b1**self.k)
-        stride = d * lr * correction
-        self.numerator *= b3
-        denominator = 0.0
-        for i, p in enumerate(self.parameters):
-            x, g = p.detach().numpy().reshape(-1), p.grad.numpy().reshape(-1)
-            away = self.start[i].astype(np.float64) - x.astype(np.float64)
-            self.numerator += d / self.d0 * stride * float(g.astype(np.float64) @ away)
-            self.m[i] = self.m[i] * f(b1) + f(d * (1 - b1)) * g
-            self.v[i] = self.v[i] * f(b2) + f(d * d * (1 - b2)) * g * g
-            self.s[i] = self.s[i] * f(b3) + f(d / self.d0 * d) * g
-            denominator += float(np.abs(self.s[i]).sum(dtype=np.float64))
-        self.d = max(d, self.numerator / denominator)
-        for i, p in enumerate(self.parameters):
-            x = p.detach().numpy().reshape(-1)
-            x *= f(1 - stride * self.decay)
-            x -= f(stride) * self.m[i] / (np.sqrt(self.v[i]) + f(self.d * self.eps))
-
-
 def trajectory(out, case, rates, lr, clip=None, prodigy=False, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
     generator = torch.Generator().manual_seed(len(case))
-    parameters = {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+    dtype = torch.float64 if prodigy else torch.float32
+    parameters = {name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
     group = list(parameters.values())
     if prodigy:
-        optimizer = Prodigy(group, betas, eps, weight_decay)
+        optimizer = Prodigy(group, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, use_bias_correction=True,
+                            safeguard_warmup=True)
     else:
         optimizer = torch.optim.AdamW(group, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    values = {name: [p.detach().clone()] for name, p in parameters.items()}
+    values = {name: [p.detach().float().clone()] for name, p in parameters.items()}
     gradients, norms, distances = {name: [] for name in SHAPES}, [], []
     for step, rate in enumerate(rates):
         for name, p in parameters.items():
-            p.grad = gradient(name, p.detach(), step)
-            gradients[name].append(p.grad.clone())
+            p.grad = gradient(name, p.detach().float(), step).to(dtype)
+            gradients[name].append(p.grad.float().clone())
         # Norms are in f64: torch's own f32 sums are good for seven digits at best.
         norms.append(sum(float((p.grad.double() ** 2).sum()) for p in group) ** 0.5)
         if clip:
             torch.nn.utils.clip_grad_norm_(group, clip)
-        if prodigy:
-            optimizer.step(lr * rate)
-        else:
-            optimizer.param_groups[0]["lr"] = lr * rate
-            optimizer.step()
-        distances.append(optimizer.d if prodigy else 1.0)
+        optimizer.param_groups[0]["lr"] = lr * rate
+        optimizer.step()
+        distances.append(optimizer.param_groups[0]["d"] if prodigy else 1.0)
         for name, p in parameters.items():
-            values[name].append(p.detach().clone())
+            values[name].append(p.detach().float().clone())
     for name in SHAPES:
         out[f"{case}/{name}.values"] = torch.stack(values[name])
         out[f"{case}/{name}.gradients"] = torch.stack(gradients[name])
@@ -121,6 +93,42 @@ def optimizers():
         for warmup, steps in ((0, 40), (7, 40), (40, 40), (1, 2), (60, 40)):
             numbers = multipliers(name, warmup, steps, steps)
             out[f"schedule/{name}/{warmup}/{steps}"] = torch.tensor(numbers, dtype=torch.float64)
+    return out
+
+
+def quantised():
+    """Codes of numbers of many sizes, and a trajectory of AdamW with moments in eight bits."""
+    out = {}
+    generator = torch.Generator().manual_seed(8)
+    randn = lambda count: torch.randn(count, generator=generator)
+    for name, signed in ("signed", True), ("unsigned", False):
+        code = create_dynamic_map(signed)
+        numbers = randn(5 * BLOCK + 77) * 10 ** (4 * torch.rand(5 * BLOCK + 77, generator=generator) - 6)
+        numbers = numbers if signed else numbers.abs()
+        codes, state = quantize_blockwise(numbers, code, blocksize=BLOCK)
+        out[f"eight/{name}.map"] = code
+        out[f"eight/{name}.numbers"] = numbers
+        out[f"eight/{name}.codes"] = codes
+        out[f"eight/{name}.scales"] = state.absmax
+        out[f"eight/{name}.again"] = dequantize_blockwise(codes, absmax=state.absmax, code=code, blocksize=BLOCK)
+    size, lr, beta1, beta2, eps, decay = 4096 + 77, 1e-2, 0.9, 0.999, 1e-8, 1e-2
+    value = randn(size)
+    maps = [create_dynamic_map(True), create_dynamic_map(False)]
+    moments = [quantize_blockwise(torch.zeros(size), code, blocksize=BLOCK) for code in maps]
+    values, gradients = [value.clone()], []
+    for step in range(1, STEPS + 1):
+        g = gradient("eight", value, step)
+        first, second = (dequantize_blockwise(codes, absmax=state.absmax, code=code, blocksize=BLOCK)
+                         for (codes, state), code in zip(moments, maps))
+        first = first * beta1 + (1 - beta1) * g
+        second = second * beta2 + (1 - beta2) * g * g
+        correction1, correction2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
+        value = value - lr * correction2 / correction1 * (first / (second.sqrt() + correction2 * eps))
+        value = value * (1 - lr * decay)
+        moments = [quantize_blockwise(m, code, blocksize=BLOCK) for m, code in zip((first, second), maps)]
+        values.append(value.clone())
+        gradients.append(g)
+    out["eight/values"], out["eight/gradients"] = torch.stack(values), torch.stack(gradients)
     return out
 
 
@@ -144,7 +152,7 @@ def weights():
 
 def main():
     OUT.mkdir(parents=True, exist_ok=True)
-    save_file(optimizers(), OUT / "optimizers.safetensors")
+    save_file(optimizers() | quantised(), OUT / "optimizers.safetensors")
     save_file(weights(), OUT / "weights.safetensors")
 
 

@@ -95,6 +95,12 @@ impl UNet2DConditionModel {
         self.config.levels[0].context_width
     }
 
+    /// Heads of attention, in the block that has most of them.
+    pub fn heads(&self) -> usize {
+        let heads = self.config.levels.iter().map(|level| level.heads);
+        heads.max().unwrap_or(1)
+    }
+
     /// Latent height and width the model was trained at, if its config says.
     pub fn sample_size(&self) -> Option<[usize; 2]> {
         self.config.sample_size

@@ -5,8 +5,9 @@ use candle_core::{D, DType, Result, Tensor};
 
 use super::graft;
 use crate::ops::attention::{Shape, exponentials};
-use crate::ops::gemm::{self, Matrix, Packed};
+use crate::ops::gemm::{self, Matrix};
 use crate::ops::kernel::Kernel;
+use crate::ops::packed::Packed;
 use crate::ops::simd::{exp, vectorised};
 use crate::ops::{self, host, host::Out, parallel, product};
 

@@ -9,6 +9,7 @@
 
 mod attention;
 mod graft;
+mod low_rank;
 mod maps;
 mod norm;
 mod pointwise;
@@ -18,6 +19,7 @@ mod tests;
 
 pub(super) use attention::attention;
 pub(super) use graft::graft;
+pub(super) use low_rank::low_rank;
 pub(super) use maps::{doubled_back, trainable_conv, transposed_conv};
 pub(super) use norm::{group_norm, layer_norm};
 pub(super) use pointwise::{concat_channels, geglu, gelu, quick_gelu, silu};

@@ -221,6 +221,64 @@ fn what_is_trained_beside_a_map_gets_its_gradient() {
 }
 
 #[test]
+fn a_low_rank_delta_beside_a_frozen_map_is_one_operation() {
+    for (rows, depth, outputs, rank) in [(1, 3, 2, 1), (7, 33, 50, 4), (130, 48, 17, 20)] {
+        let (w, b) = (uniform(1, &[outputs, depth]), uniform(2, &[outputs]));
+        let map = Linear::new(w.clone(), Some(b.clone())).unwrap();
+        let inputs = [
+            uniform(3, &[2, rows, depth]),
+            uniform(4, &[rank, depth]),
+            uniform(5, &[outputs, rank]),
+            uniform(6, &[2, rows, outputs]),
+        ];
+        let exact = |x: &[Tensor]| {
+            let low = reference::linear(&x[0], &x[1], None)?;
+            let y = reference::linear(&x[0], &wide(&w), Some(&wide(&b)))?;
+            y + reference::linear(&low, &x[2], None)?
+        };
+        let ours = |x: &[Tensor], then: Then| {
+            let linear = |w: &Tensor| Linear::new(w.clone(), None);
+            let term = Term {
+                map: Map::Linear(linear(&x[1])?),
+                up: Some(linear(&x[2])?),
+            };
+            let beside = Beside {
+                rows: 0..2,
+                terms: std::slice::from_ref(&term),
+                scale: None,
+                bias: None,
+            };
+            map.run(&x[0], then, &[beside])
+        };
+        assert_same(&inputs[..3], |x| ours(x, Then::Nothing), exact);
+        assert_same(
+            &inputs,
+            |x| ours(x, Then::Add(&x[3])),
+            |x| exact(x)? + &x[3],
+        );
+    }
+    // Only the factors want a gradient: none is made for the input.
+    let [down, up] =
+        [uniform(1, &[2, 3]), uniform(2, &[4, 2])].map(|t| Var::from_tensor(&t).unwrap());
+    let term = Term {
+        map: Map::Linear(Linear::new(down.as_tensor().clone(), None).unwrap()),
+        up: Some(Linear::new(up.as_tensor().clone(), None).unwrap()),
+    };
+    let beside = Beside {
+        rows: 0..5,
+        terms: std::slice::from_ref(&term),
+        scale: None,
+        bias: None,
+    };
+    let map = Linear::new(uniform(3, &[4, 3]), None).unwrap();
+    let y = map
+        .run(&uniform(4, &[5, 3]), Then::Nothing, &[beside])
+        .unwrap();
+    let store = y.sum_all().unwrap().backward().unwrap();
+    assert_eq!(store.get_ids().count(), 2, "the factors' alone");
+}
+
+#[test]
 fn attention_gives_all_three_gradients_and_keeps_no_scores() {
     for (b, tq, tk, heads, d, causal) in [
         (1, 1, 2, 1, 1, false),

@@ -1,11 +1,14 @@
-//! Trajectories against PyTorch's and the papers': `tests/golden/training/optimizers.safetensors`, made
-//! by `tests/reference/optimizers.py`.
+//! Trajectories against those of torch, prodigyopt and bitsandbytes:
+//! `tests/golden/training/optimizers.safetensors`, made by `tests/reference/optimizers.py`.
 
 use std::{fs, path::PathBuf};
 
 use safetensors::SafeTensors;
 
-use super::*;
+use super::{
+    quantised::{BLOCK, Codes, Quantised, SIGNED, UNSIGNED},
+    *,
+};
 
 const NAMES: [&str; 3] = ["one", "seven", "matrix"];
 const TOLERANCE: f64 = 1e-6;
@@ -115,7 +118,7 @@ fn adamw_goes_torch_s_way() {
 }
 
 #[test]
-fn prodigy_goes_its_paper_s_way() {
+fn prodigy_goes_its_authors_way() {
     let rule = Rule::Prodigy;
     follow("prodigy", Settings { rule, ..USUAL }, None, 1.0);
     let warm = Settings {
@@ -125,6 +128,79 @@ fn prodigy_goes_its_paper_s_way() {
         ..USUAL
     };
     follow("prodigy-warm", warm, Some(0.5), 0.7);
+}
+
+/// Numbers as they are after a time in eight bits.
+fn through(values: &[f32], table: &'static Codes) -> Vec<f32> {
+    let mut quantised = Quantised::zeros(values.len(), table);
+    let mut out = vec![0.0; values.len()];
+    for (block, values) in values.chunks(BLOCK).enumerate() {
+        quantised.write(block, values);
+    }
+    for (block, out) in out.chunks_mut(BLOCK).enumerate() {
+        quantised.read(block, out);
+    }
+    out
+}
+
+#[test]
+fn eight_bits_hold_what_bitsandbytes_has_them_hold() {
+    let golden = Golden::read();
+    for (name, table) in [("signed", &*SIGNED), ("unsigned", &*UNSIGNED)] {
+        let of = |part: &str| golden.f32(&format!("eight/{name}.{part}"));
+        // A map's own numbers come back, if the codes are the same.
+        let map = of("map");
+        assert_eq!(map.len(), BLOCK);
+        for (found, expected) in through(&map, table).iter().zip(&map) {
+            assert!(
+                (found - expected).abs() <= 1e-7,
+                "{name}: {found}, not {expected}"
+            );
+        }
+        let (numbers, scales) = (of("numbers"), of("scales"));
+        let found = through(&numbers, table);
+        for (i, (found, expected)) in found.iter().zip(of("again")).enumerate() {
+            // What is theirs zero and ours the least code is closer than this.
+            let most = 4e-7 * scales[i / BLOCK];
+            let number = numbers[i];
+            assert!(
+                (found - expected).abs() <= most,
+                "{name}: {number} became {found}, not {expected}"
+            );
+        }
+    }
+}
+
+#[test]
+fn adamw_of_eight_bits_goes_bitsandbytes_s_way() {
+    let golden = Golden::read();
+    let (values, gradients) = (golden.f32("eight/values"), golden.f32("eight/gradients"));
+    let size = values.len() - gradients.len();
+    let settings = Settings {
+        rule: Rule::AdamW8bit,
+        ..USUAL
+    };
+    let mut optimizer = Optimizer::new(settings, [("x".into(), size)]);
+    let mut found = values[..size].to_vec();
+    let distance = |a: &[f32], b: &[f32]| -> f64 {
+        let squares = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
+        squares.sum::<f64>().sqrt()
+    };
+    let steps = gradients.chunks(size).zip(values[size..].chunks(size));
+    for (step, (gradient, expected)) in steps.enumerate() {
+        let mut gradient = gradient.to_vec();
+        let mut params = [Param {
+            name: "x",
+            values: &mut found,
+            gradient: &mut gradient,
+            learning_rate: 1e-2,
+        }];
+        optimizer.step(&mut params).unwrap();
+        let way = distance(&values[..size], expected);
+        let apart = distance(&found, expected) / way;
+        // A rounding that falls on the other side of a border is a whole code's difference.
+        assert!(apart < 1e-3, "step {step}: {apart} of the way");
+    }
 }
 
 #[test]
