@@ -12,6 +12,7 @@
 mod desk;
 mod follow;
 mod publish;
+mod room;
 mod task;
 mod tuition;
 
@@ -30,6 +31,7 @@ use crate::{
 pub use desk::{Accepted, Desk, DeskError, Order, Upload};
 use follow::{Course, Then};
 pub use publish::{PublishError, Trained, png, preview};
+pub use room::{NoRoom, check as check_room};
 pub use task::{KIND, Picture, Task};
 
 /// Before the queue is asked again after it did not answer.

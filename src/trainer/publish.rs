@@ -9,6 +9,7 @@ use image::{ImageFormat, RgbImage};
 
 use serde_json::{Value, json};
 
+use super::room::NoRoom;
 use crate::{
     adapters::{Adapter, AdapterError, Format},
     engine::AdapterRegistry,
@@ -27,6 +28,8 @@ pub enum PublishError {
     Save(#[from] Box<AdapterError>),
     #[error("the preview cannot be written: {0}")]
     Picture(#[from] image::ImageError),
+    #[error(transparent)]
+    Room(#[from] NoRoom),
     #[error(transparent)]
     Registry(#[from] RegistryError),
 }

@@ -11,7 +11,10 @@ use std::{
 use image::RgbImage;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::publish::{PublishError, Trained, file, preview};
+use super::{
+    publish::{PublishError, Trained, file, preview},
+    room,
+};
 use crate::{
     engine::{BackendError, Outcome, Work},
     pipeline::Pipeline,
@@ -109,6 +112,7 @@ impl Tuition {
             checkpoint,
         }) = self.beginning.take()
         {
+            room::check(pipeline, &options)?;
             let run = Run::new(pipeline, options, dataset, checkpoint.as_deref())?;
             let (step, of) = (run.step(), run.options().total_steps());
             self.tell(News::Begun { step, of });
@@ -232,6 +236,7 @@ impl Failure {
                 _ => ("training_impossible", false),
             },
             PublishError::Save(_) | PublishError::Picture(_) => ("training_failed", true),
+            PublishError::Room(_) => ("no_memory", false),
             PublishError::Registry(_) => ("publishing_failed", true),
         };
         Self {

@@ -39,6 +39,7 @@ mod step;
 mod trainable;
 
 pub use checkpoint::CheckpointError;
+pub use estimate::Estimate;
 pub use evaluation::Evaluation;
 pub use painting::Canvas;
 pub use run::{Report, Run, RunError, Slice};

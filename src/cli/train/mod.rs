@@ -86,6 +86,7 @@ pub(super) fn run(options: TrainOptions) -> Result<(), Failure> {
     if !dataset.ignored.is_empty() {
         eprintln!("note: not used: {}", dataset.ignored.join(", "));
     }
+    trainer::check_room(&pipeline, &checked).map_err(|error| failed(&error))?;
     let work = Work::open(&options.data, &name)?;
     if options.restart {
         work.forget()?;
