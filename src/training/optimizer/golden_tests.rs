@@ -160,11 +160,14 @@ fn eight_bits_hold_what_bitsandbytes_has_them_hold() {
         let (numbers, scales) = (of("numbers"), of("scales"));
         let found = through(&numbers, table);
         for (i, (found, expected)) in found.iter().zip(of("again")).enumerate() {
-            // What is theirs zero and ours the least code is closer than this.
-            let most = 4e-7 * scales[i / BLOCK];
+            // Its kernel for CPUs misses the nearest code for one number in ten, by up to 2.9e-5 of the
+            // block's largest; ours never does.
+            let most = 3e-5 * scales[i / BLOCK];
             let number = numbers[i];
             assert!(
-                (found - expected).abs() <= most,
+                (found - expected).abs() <= most
+                    && (found - number).abs()
+                        <= (expected - number).abs() + 1e-6 * scales[i / BLOCK],
                 "{name}: {number} became {found}, not {expected}"
             );
         }
@@ -198,8 +201,9 @@ fn adamw_of_eight_bits_goes_bitsandbytes_s_way() {
         optimizer.step(&mut params).unwrap();
         let way = distance(&values[..size], expected);
         let apart = distance(&found, expected) / way;
-        // A rounding that falls on the other side of a border is a whole code's difference.
-        assert!(apart < 1e-3, "step {step}: {apart} of the way");
+        // Roundings that fall on the other side of a border, or that its kernel misses, are a whole code's
+        // difference.
+        assert!(apart < 2e-2, "step {step}: {apart} of the way");
     }
 }
 
