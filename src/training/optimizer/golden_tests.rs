@@ -12,6 +12,8 @@ use super::{
 
 const NAMES: [&str; 3] = ["one", "seven", "matrix"];
 const TOLERANCE: f64 = 1e-6;
+/// prodigyopt adds its sums up in f32.
+const OF_F32_SUMS: f64 = 1e-5;
 
 struct Golden(Vec<u8>);
 
@@ -49,6 +51,10 @@ fn follow(case: &str, settings: Settings, most: Option<f64>, rate: f64) {
     let distances = golden.f64(&format!("{case}/distances"));
     let steps = rates.len();
     assert!(steps >= 25);
+    let (mut worst, tolerance) = match settings.rule {
+        Rule::Prodigy => (0.0f64, OF_F32_SUMS),
+        _ => (0.0, TOLERANCE),
+    };
     let sizes = values.each_ref().map(|values| values.len() / (steps + 1));
     let mut found: Vec<Vec<f32>> = values
         .iter()
@@ -80,15 +86,16 @@ fn follow(case: &str, settings: Settings, most: Option<f64>, rate: f64) {
         );
         optimizer.step(&mut params).unwrap();
         let distance = optimizer.distance() / distances[step];
-        assert!((distance - 1.0).abs() < TOLERANCE, "{case}, step {step}");
+        worst = worst.max((distance - 1.0).abs());
         for ((found, expected), name) in found.iter().zip(&values).zip(NAMES) {
             let expected = &expected[(step + 1) * found.len()..][..found.len()];
             let most = expected.iter().fold(0.0f32, |most, e| most.max(e.abs()));
             for (found, expected) in found.iter().zip(expected) {
                 let error = f64::from((found - expected).abs()) / f64::from(most);
+                worst = worst.max(error);
                 assert!(
-                    error < TOLERANCE,
-                    "{case}, {name}, step {step}: {found} for {expected}"
+                    worst < tolerance,
+                    "{case}, {name}, step {step}: {worst:.1e}, {found} for {expected}"
                 );
             }
         }
@@ -160,14 +167,11 @@ fn eight_bits_hold_what_bitsandbytes_has_them_hold() {
         let (numbers, scales) = (of("numbers"), of("scales"));
         let found = through(&numbers, table);
         for (i, (found, expected)) in found.iter().zip(of("again")).enumerate() {
-            // Its kernel for CPUs misses the nearest code for one number in ten, by up to 2.9e-5 of the
-            // block's largest; ours never does.
-            let most = 3e-5 * scales[i / BLOCK];
+            // What is theirs zero and ours the least code is closer than this.
+            let most = 4e-7 * scales[i / BLOCK];
             let number = numbers[i];
             assert!(
-                (found - expected).abs() <= most
-                    && (found - number).abs()
-                        <= (expected - number).abs() + 1e-6 * scales[i / BLOCK],
+                (found - expected).abs() <= most,
                 "{name}: {number} became {found}, not {expected}"
             );
         }
@@ -178,7 +182,7 @@ fn eight_bits_hold_what_bitsandbytes_has_them_hold() {
 fn adamw_of_eight_bits_goes_bitsandbytes_s_way() {
     let golden = Golden::read();
     let (values, gradients) = (golden.f32("eight/values"), golden.f32("eight/gradients"));
-    let size = values.len() - gradients.len();
+    let size = gradients.len() / 10;
     let settings = Settings {
         rule: Rule::AdamW8bit,
         ..USUAL
@@ -189,8 +193,7 @@ fn adamw_of_eight_bits_goes_bitsandbytes_s_way() {
         let squares = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
         squares.sum::<f64>().sqrt()
     };
-    let steps = gradients.chunks(size).zip(values[size..].chunks(size));
-    for (step, (gradient, expected)) in steps.enumerate() {
+    for (step, gradient) in gradients.chunks(size).enumerate() {
         let mut gradient = gradient.to_vec();
         let mut params = [Param {
             name: "x",
@@ -199,12 +202,17 @@ fn adamw_of_eight_bits_goes_bitsandbytes_s_way() {
             learning_rate: 1e-2,
         }];
         optimizer.step(&mut params).unwrap();
-        let way = distance(&values[..size], expected);
-        let apart = distance(&found, expected) / way;
-        // Roundings that fall on the other side of a border, or that its kernel misses, are a whole code's
-        // difference.
-        assert!(apart < 2e-2, "step {step}: {apart} of the way");
+        let done = step + 1;
+        if done % 5 == 0 {
+            let expected = &values[done / 5 * size..][..size];
+            let way = distance(&values[..size], expected);
+            let apart = distance(&found, expected) / way;
+            println!("after {done}: {apart:.1e} of the way");
+            // A rounding that falls on the other side of a border is a whole code's difference.
+            assert!(apart < 1e-3, "after {done}: {apart} of the way");
+        }
     }
+    assert_eq!(values.len(), 3 * size);
 }
 
 #[test]
