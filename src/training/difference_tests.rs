@@ -253,7 +253,7 @@ fn gradients_of_every_method_are_slopes_of_the_loss() {
         found.sort();
         found.dedup();
         let all = [
-            "Embedding rows 1",
+            "Embedding rows 2",
             "Text lora_A.weight 2",
             "Text lora_B.weight 2",
             "UNet lora_A.weight 2",
