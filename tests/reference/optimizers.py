@@ -10,7 +10,8 @@ by 4 %).
 bitsandbytes has 8-bit optimisers for GPUs only. What it has for CPUs is what makes them 8-bit, its map of codes and its
 operations that quantise and dequantise blocks; between these stands its update of AdamW, written out from
 kOptimizerStatic8bit2StateBlockwise in csrc/kernels.cu. (Its CPU kernel for f32 looks codes up in a table that is coarse below a
-thousandth of the scale; its fallback for other types takes the nearest code, as its GPU kernel does, and is what runs here.)
+thousandth of the scale; its fallback for other types takes the nearest code and is what runs here. Left out is that the GPU's
+kernel gives a first moment just below zero the first negative code, where the nearest is zero.)
 """
 from pathlib import Path
 
