@@ -294,7 +294,7 @@ async fn a_checkpoint_for_which_there_is_no_room_is_missed_and_the_job_goes_on()
     let fields = short("a", 4, change);
     let place = Place::new();
     // Room for the adapter and not for a checkpoint, which has it three times.
-    let server = place.serve_on_a_full_disk(40_000, &[]);
+    let server = place.serve_on_a_full_disk(10_000, &[]);
     let job = submit(&server.url, &fields).await;
     let done = finished(&server.url, &job).await;
     assert_eq!(done["state"], "succeeded", "{done}");
@@ -305,7 +305,7 @@ async fn a_checkpoint_for_which_there_is_no_room_is_missed_and_the_job_goes_on()
     assert!(reason.contains("full"), "{reason}");
     let size = done["result"]["bytes"].as_u64().unwrap();
     assert!(
-        (4 << 20..18 << 20).contains(&size),
+        (1_800_000..5_000_000).contains(&size),
         "{size}: the test is about nothing"
     );
 }

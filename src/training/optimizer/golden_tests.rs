@@ -12,8 +12,9 @@ use super::{
 
 const NAMES: [&str; 3] = ["one", "seven", "matrix"];
 const TOLERANCE: f64 = 1e-6;
-/// prodigyopt adds its sums up in f32.
-const OF_F32_SUMS: f64 = 1e-5;
+/// Of Prodigy's distance, which grows from how far the values went: in its first steps that is near their
+/// last bits, in which the order of operations shows.
+const OF_DISTANCE: f64 = 1e-4;
 
 struct Golden(Vec<u8>);
 
@@ -51,10 +52,6 @@ fn follow(case: &str, settings: Settings, most: Option<f64>, rate: f64) {
     let distances = golden.f64(&format!("{case}/distances"));
     let steps = rates.len();
     assert!(steps >= 25);
-    let (mut worst, tolerance) = match settings.rule {
-        Rule::Prodigy => (0.0f64, OF_F32_SUMS),
-        _ => (0.0, TOLERANCE),
-    };
     let sizes = values.each_ref().map(|values| values.len() / (steps + 1));
     let mut found: Vec<Vec<f32>> = values
         .iter()
@@ -86,16 +83,18 @@ fn follow(case: &str, settings: Settings, most: Option<f64>, rate: f64) {
         );
         optimizer.step(&mut params).unwrap();
         let distance = optimizer.distance() / distances[step];
-        worst = worst.max((distance - 1.0).abs());
+        assert!(
+            (distance - 1.0).abs() < OF_DISTANCE,
+            "{case}, step {step}: {distance} of the distance"
+        );
         for ((found, expected), name) in found.iter().zip(&values).zip(NAMES) {
             let expected = &expected[(step + 1) * found.len()..][..found.len()];
             let most = expected.iter().fold(0.0f32, |most, e| most.max(e.abs()));
             for (found, expected) in found.iter().zip(expected) {
                 let error = f64::from((found - expected).abs()) / f64::from(most);
-                worst = worst.max(error);
                 assert!(
-                    worst < tolerance,
-                    "{case}, {name}, step {step}: {worst:.1e}, {found} for {expected}"
+                    error < TOLERANCE,
+                    "{case}, {name}, step {step}: {error:.1e}, {found} for {expected}"
                 );
             }
         }
