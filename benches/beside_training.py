@@ -1,6 +1,6 @@
 """How much longer pictures take while a training runs on the same device.
 
-    cargo build --release && python benches/beside_training.py target/release/lorikeet [--share 0.3] [--seconds 40]
+    cargo build --release && python benches/beside_training.py target/release/lorikeet [--share 0.25] [--seconds 40]
 
 Starts a server on the demo model. One client asks for one picture after the other (128 x 128, 20 steps), without and then
 with a DreamBooth job of batch 8 under way; then four clients at once, likewise. Prints a table: median and 99th percentile of
@@ -74,7 +74,7 @@ def slices(url):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("binary")
-    p.add_argument("--share", default="0.3")
+    p.add_argument("--share", default="0.25")
     p.add_argument("--seconds", type=float, default=40, help="of each of the four arms")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -171,7 +171,7 @@ mod tests {
             limits: Limits::default(),
             defaults: Defaults::default(),
             device_adapter_bytes: 1 << 30,
-            training_share: 0.3,
+            training_share: 0.25,
         }
     }
 

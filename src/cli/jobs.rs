@@ -67,7 +67,7 @@ pub(super) struct JobOptions {
     #[arg(
         long,
         env = "LORIKEET_TRAINING_SHARE",
-        default_value_t = 0.3,
+        default_value_t = 0.25,
         value_name = "SHARE"
     )]
     pub training_share: f64,

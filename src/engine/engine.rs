@@ -51,7 +51,7 @@ impl Default for EngineConfig {
             queue: 64,
             max_rows: 16,
             max_running: 8,
-            training_share: 0.3,
+            training_share: 0.25,
         }
     }
 }

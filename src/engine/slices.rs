@@ -230,7 +230,10 @@ impl Share {
 
     fn due(&self, now: Instant) -> bool {
         let (since, took) = self.last;
-        self.owed > 0.0 || now - since >= STARVED.max(took * STARVED_SLICES)
+        // A slice is earned before it is taken: a picture that comes to an idle device waits for the one
+        // that is under way, and not for a second one right after its first step.
+        let earned = self.owed > 0.0 && self.owed >= took.as_secs_f64();
+        earned || now - since >= STARVED.max(took * STARVED_SLICES)
     }
 
     fn rest(&mut self, now: Instant) {
