@@ -3,6 +3,7 @@
 //! Form values are text and some JSON clients send numbers as text, so both are read alike. Every
 //! refusal names its field. What nobody took is left over, and the answer names it.
 
+use axum::extract::{Query, rejection::QueryRejection};
 use serde_json::{Map, Value};
 
 use super::{ApiError, body::clip};
@@ -16,6 +17,20 @@ pub(super) struct Fields(Map<String, Value>);
 impl Fields {
     pub(super) fn new(map: Map<String, Value>) -> Self {
         Self(map)
+    }
+
+    /// Those of a query, each of which may be there once.
+    pub(super) fn of_query(
+        pairs: Result<Query<Vec<(String, String)>>, QueryRejection>,
+    ) -> Result<Self, ApiError> {
+        let Query(pairs) = pairs.map_err(|error| ApiError::field("query", error.body_text()))?;
+        let mut map = Map::new();
+        for (name, value) in pairs {
+            if map.insert(name.clone(), Value::String(value)).is_some() {
+                return Err(ApiError::field(clip(&name), "was sent more than once"));
+            }
+        }
+        Ok(Self(map))
     }
 
     /// The raw value; `null` counts as absent.

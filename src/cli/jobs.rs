@@ -8,7 +8,10 @@ use std::{
 };
 
 use clap::ValueEnum;
-use tokio::{sync::Semaphore, time};
+use tokio::{
+    sync::{Semaphore, watch},
+    time,
+};
 
 use super::{Failure, boot::Booted, options::seconds, store::WAITS};
 use crate::{
@@ -124,7 +127,7 @@ pub(super) struct JobPlace {
 
 /// The queue and who works on it.
 pub(super) struct Workshop {
-    pub desk: Desk,
+    pub desk: Arc<Desk>,
     /// Absent where others train.
     pub trainer: Option<Trainer>,
     /// Absent where no webhooks are sent.
@@ -257,7 +260,7 @@ impl JobPlace {
             looks: Semaphore::new(1),
         };
         Ok(Workshop {
-            desk,
+            desk: Arc::new(desk),
             trainer,
             courier,
         })
@@ -283,32 +286,23 @@ impl JobPlace {
     }
 }
 
-/// Works until `stop` is true, and then leaves everything in order.
-pub(super) async fn work(
-    trainer: Option<Trainer>,
-    courier: Option<Courier>,
-    stop: tokio::sync::watch::Receiver<bool>,
-) {
-    let stopped = |mut stop: tokio::sync::watch::Receiver<bool>| async move {
-        // Whoever could have said so is gone: that is the end, too.
-        let _ = stop.wait_for(|stop| *stop).await;
-    };
-    let training = async {
-        if let Some(trainer) = &trainer {
-            trainer.run(stopped(stop.clone())).await;
-        }
-    };
-    let telling = async {
-        if let Some(courier) = &courier {
-            courier.run(stopped(stop.clone())).await;
-        }
-    };
-    tokio::join!(training, telling);
-}
-
 impl Workshop {
-    /// Puts the desk where requests find it.
-    pub(super) fn into_parts(self) -> (Arc<Desk>, Option<Trainer>, Option<Courier>) {
-        (Arc::new(self.desk), self.trainer, self.courier)
+    /// Trains and tells of ends until `stop` is true, and then leaves everything in order.
+    pub(super) async fn work(self, stop: watch::Receiver<bool>) {
+        let stopped = |mut stop: watch::Receiver<bool>| async move {
+            // Whoever could have said so is gone: that is the end, too.
+            let _ = stop.wait_for(|stop| *stop).await;
+        };
+        let training = async {
+            if let Some(trainer) = &self.trainer {
+                trainer.run(stopped(stop.clone())).await;
+            }
+        };
+        let telling = async {
+            if let Some(courier) = &self.courier {
+                courier.run(stopped(stop.clone())).await;
+            }
+        };
+        tokio::join!(training, telling);
     }
 }

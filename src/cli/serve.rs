@@ -8,7 +8,7 @@ use tokio::{net::TcpListener, sync::watch, time};
 use super::{
     Failure,
     boot::open_engine,
-    jobs::{self, JobOptions, JobPlace, Role},
+    jobs::{JobOptions, JobPlace, Role},
     options::{ModelOptions, scheduler, seconds, size},
     store::{Place, StoreOptions},
 };
@@ -263,9 +263,8 @@ async fn serve(
                 keeper = Some(registry.keep());
                 if let Some(jobs) = jobs {
                     let workshop = jobs.open(&booted, registry.clone()).await?;
-                    let (desk, trainer, courier) = workshop.into_parts();
-                    state.set_desk(desk);
-                    working = Some(tokio::spawn(jobs::work(trainer, courier, stopped)));
+                    state.set_desk(workshop.desk.clone());
+                    working = Some(tokio::spawn(workshop.work(stopped)));
                 }
                 let wardrobe = Wardrobe::new(registry, booted.mixer.clone());
                 state.set_wardrobe(Arc::new(wardrobe));

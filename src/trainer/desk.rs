@@ -339,7 +339,7 @@ impl Desk {
 }
 
 /// A job's files as they were sent.
-pub(super) async fn read(
+async fn read(
     files: &JobFiles,
     id: JobId,
     pictures: &[Picture],

@@ -5,7 +5,6 @@ use axum::{
     extract::{Query as UrlQuery, State, rejection::QueryRejection},
 };
 use serde::Serialize;
-use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::{
@@ -62,8 +61,7 @@ pub(super) async fn list_adapters(
     filters: Result<UrlQuery<Vec<(String, String)>>, QueryRejection>,
 ) -> Result<Json<AdapterList>, ApiError> {
     let registry = state.adapters()?;
-    let UrlQuery(filters) = filters.map_err(|error| ApiError::field("query", error.body_text()))?;
-    let page = registry.list(&query(filters)?);
+    let page = registry.list(&query(Fields::of_query(filters)?)?);
     let outage = registry.outage().map(|_| {
         "the adapter store cannot be reached: this is what it held when it was last seen".into()
     });
@@ -84,14 +82,7 @@ pub(super) async fn list_adapters(
     }))
 }
 
-fn query(filters: Vec<(String, String)>) -> Result<Query, ApiError> {
-    let mut map = Map::new();
-    for (name, value) in filters {
-        if map.insert(name.clone(), Value::String(value)).is_some() {
-            return Err(ApiError::field(clip(&name), "was sent more than once"));
-        }
-    }
-    let mut fields = Fields::new(map);
+fn query(mut fields: Fields) -> Result<Query, ApiError> {
     let limit = fields.whole("limit")?.unwrap_or(PAGE);
     if !(1..=LARGEST_PAGE as u64).contains(&limit) {
         return Err(ApiError::field(

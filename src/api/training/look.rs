@@ -5,7 +5,6 @@ use axum::{
     extract::{Query as UrlQuery, State, rejection::QueryRejection},
 };
 use serde::Serialize;
-use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::{
@@ -48,8 +47,7 @@ pub(super) async fn list_jobs(
     filters: Result<UrlQuery<Vec<(String, String)>>, QueryRejection>,
 ) -> Result<Json<TrainingJobList>, ApiError> {
     let desk = state.desk()?;
-    let UrlQuery(filters) = filters.map_err(|error| ApiError::field("query", error.body_text()))?;
-    let page = desk.list(query(filters)?).await?;
+    let page = desk.list(query(Fields::of_query(filters)?)?).await?;
     Ok(Json(TrainingJobList {
         object: "list",
         data: page.jobs.into_iter().map(TrainingJob::new).collect(),
@@ -57,14 +55,7 @@ pub(super) async fn list_jobs(
     }))
 }
 
-fn query(filters: Vec<(String, String)>) -> Result<JobQuery, ApiError> {
-    let mut map = Map::new();
-    for (name, value) in filters {
-        if map.insert(name.clone(), Value::String(value)).is_some() {
-            return Err(ApiError::field(clip(&name), "was sent more than once"));
-        }
-    }
-    let mut fields = Fields::new(map);
+fn query(mut fields: Fields) -> Result<JobQuery, ApiError> {
     let limit = fields.whole("limit")?.unwrap_or(PAGE);
     if !(1..=u64::from(LARGEST_JOB_PAGE)).contains(&limit) {
         return Err(ApiError::field(
